@@ -1,0 +1,174 @@
+"""Checkpoints that survive an interruption at any instant.
+
+A version is written completely under a temporary name, flushed to disk and renamed; then the links ``last`` and ``best`` are
+swapped, each atomically. Whoever follows a link always finds a whole version.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+VERSIONS = 'checkpoints'
+LAST, BEST = 'last', 'best'
+OPTIONS_FILE = 'options.json'
+STATE_FILE = 'training.pt'
+
+
+class CheckpointStore:
+    """Versioned checkpoints of one training in a directory, with links to the last and the best of them.
+
+    ``directory/checkpoints/epoch-0003/`` holds a version, ``directory/last`` and ``directory/best`` are links to versions. What
+    no link names is removed.
+
+    Args:
+        directory: exists.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.versions = directory / VERSIONS
+
+    def save(self, name: str, state: dict[str, Any], best: str, export: Callable[[Path], None]) -> None:
+        """Save a version and let the links name it.
+
+        Args:
+            name: of the version; becomes ``last``.
+            state: what resumes the training: tensors, numbers, strings and containers of them.
+            best: the version that becomes ``best``, this one or an earlier one.
+            export: writes further files of the version into the directory it is given.
+        """
+        self.versions.mkdir(exist_ok=True)
+        unfinished = self.versions / f'.{name}.unfinished'
+        _remove(unfinished)
+        unfinished.mkdir()
+        export(unfinished)
+        torch.save(state, unfinished / STATE_FILE)
+        _flush_tree(unfinished)
+        # An interrupted save may have left a version that no link names.
+        _remove(self.versions / name)
+        unfinished.rename(self.versions / name)
+        _flush(self.versions)
+        self._link(LAST, name)
+        self._link(BEST, best)
+        self._prune()
+
+    def load(self) -> dict[str, Any] | None:
+        """Load the state of the last version; None: nothing was saved yet.
+
+        Raises:
+            ValueError: the state is not readable.
+        """
+        if not (self.directory / LAST).is_symlink():
+            return None
+        path = self.directory / LAST / STATE_FILE
+        try:
+            state: dict[str, Any] = torch.load(path, map_location='cpu', weights_only=True)
+        # A damaged file fails in many ways: OSError, EOFError, RuntimeError, pickle.UnpicklingError, KeyError.
+        except Exception as error:
+            raise ValueError(f'expected the state of a training, got a damaged file: {path}: {_first_line(error)}') from error
+        return state
+
+    def _link(self, link: str, name: str) -> None:
+        """Point a link at a version, atomically."""
+        swapped = self.directory / f'.{link}.unfinished'
+        _remove(swapped)
+        swapped.symlink_to(Path(VERSIONS, name), target_is_directory=True)
+        swapped.replace(self.directory / link)
+        _flush(self.directory)
+
+    def _prune(self) -> None:
+        """Remove the versions that no link names, and what an interrupted save left."""
+        linked = {(self.directory / link).readlink().name for link in (LAST, BEST)}
+        for path in self.versions.iterdir():
+            if path.name not in linked:
+                _remove(path)
+
+
+def create_run(directory: Path, options: dict[str, Any]) -> None:
+    """Make the directory of a run, which must not exist or be empty, and note the run's options in it.
+
+    Raises:
+        FileExistsError: it exists and holds something.
+    """
+    check_vacant(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    write_atomically(directory / OPTIONS_FILE, json.dumps(options, indent=2) + '\n')
+
+
+def check_vacant(directory: Path) -> None:
+    """Raise FileExistsError unless a directory can be made at this path without touching what exists."""
+    if directory.is_dir() and not any(directory.iterdir()):
+        return
+    if os.path.lexists(directory):
+        raise FileExistsError(f'expected an output folder that does not exist yet, got {str(directory)!r}; --resume continues it')
+
+
+def read_options(directory: Path) -> dict[str, Any]:
+    """Read the options of a run.
+
+    Raises:
+        FileNotFoundError: not the directory of a run.
+        ValueError: the options are not readable.
+    """
+    path = directory / OPTIONS_FILE
+    if not path.is_file():
+        raise FileNotFoundError(f'expected the folder of a run, which holds {OPTIONS_FILE}, got {str(directory)!r}')
+    try:
+        options = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f'expected the options of a run in {path}, got a damaged file: {_first_line(error)}') from error
+    if not isinstance(options, dict):
+        raise ValueError(f'expected the options of a run in {path}, got {type(options).__name__}')
+    return options
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace a file by another of this text: whoever reads it finds the one or the other, whole."""
+    with replacing(path) as unfinished:
+        unfinished.write_text(text)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Give a temporary path to write to, whose file then replaces the one at ``path`` atomically."""
+    unfinished = path.with_name(f'.unfinished-{path.name}')
+    yield unfinished
+    _flush(unfinished)
+    unfinished.replace(path)
+    _flush(path.parent)
+
+
+def _flush_tree(directory: Path) -> None:
+    """Flush all files of a directory to disk, then the directory."""
+    for path in directory.iterdir():
+        _flush(path)
+    _flush(directory)
+
+
+def _flush(path: Path) -> None:
+    """Flush a file, or the entries of a directory, to disk."""
+    if path.is_dir() and os.name == 'nt':  # Windows cannot open directories
+        return
+    descriptor = os.open(path, os.O_RDONLY if os.name != 'nt' else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _remove(path: Path) -> None:
+    """Remove a file, a link or a directory, if it exists."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,120 @@
+"""The localisation network: image -> raw transform parameters at the anchors."""
+
+from typing import Any, Dict  # noqa: UP035
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from timm_apvit.transforms import FIELDS
+
+
+class ZeroLinear(nn.Module):
+    """Linear layer that starts at zero and that timm's ``init_weights`` leaves at zero: ``(..., C)`` -> ``(..., D)``.
+
+    Not a subclass of `nn.Linear`, which timm re-initialises (standard deviation 0.02; Xavier in its jax mode).
+    """
+
+    def __init__(self, in_features: int, out_features: int, **factory: Any) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(out_features, in_features, **factory))
+        self.bias = nn.Parameter(torch.empty(out_features, **factory))
+        self.init_weights()
+
+    @torch.jit.ignore
+    def init_weights(self, needs_reset: bool = True) -> None:
+        """Set the layer to zero, in every initialisation mode of timm."""
+        nn.init.zeros_(self.weight)
+        nn.init.zeros_(self.bias)
+
+    @torch.jit.ignore
+    def reset_parameters(self) -> None:
+        """Set the layer to zero: what timm calls after ``to_empty``."""
+        self.init_weights()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the layer."""
+        return F.linear(x, self.weight, self.bias)
+
+
+def _conv(in_chans: int, out_chans: int, stride: int, factory: dict[str, Any]) -> nn.Sequential:
+    """3 x 3 convolution, normalised per sample: batch statistics would make a sample depend on its batch."""
+    return nn.Sequential(
+        nn.Conv2d(in_chans, out_chans, 3, stride=stride, padding=1, bias=False, **factory),
+        nn.GroupNorm(8, out_chans, **factory),
+        nn.GELU(),
+    )
+
+
+class Localizer(nn.Module):
+    """Localisation network: ``(B, C, H, W)`` and N anchors -> raw parameters ``(B, N, width)`` by field name.
+
+    Follows Spatial Transformer Networks (Jaderberg et al. 2015, section 3.1), shared over the patches: the image is resized to a
+    fixed side with anti-aliasing (so that the cost does not grow with the image), a strided stem extracts features, a context
+    branch condenses the whole image into one vector (so that a patch can react to what is far from it), and a small MLP reads
+    both at each anchor. No weight knows N or the image size. The last layers are zero: the identity transform.
+
+    Args:
+        fields: names out of `FIELDS`; each has its own last layer, so that a checkpoint says what it predicts.
+        in_chans: image channels C.
+        side: pixels along the side of the resized image, a multiple of 16.
+        width: channels of the features.
+        context: width of the context vector.
+        device: of the parameters.
+        dtype: of the parameters.
+    """
+
+    def __init__(
+        self,
+        fields: list[str],
+        in_chans: int = 3,
+        side: int = 64,
+        width: int = 64,
+        context: int = 128,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__()
+        factory = {'device': device, 'dtype': dtype}
+        self.side = side
+        self.stem = nn.Sequential(
+            _conv(in_chans, width // 2, 2, factory), _conv(width // 2, width, 2, factory), _conv(width, width, 1, factory)
+        )
+        self.context = nn.Sequential(
+            _conv(width, width, 2, factory),
+            _conv(width, width, 2, factory),
+            nn.Flatten(),
+            nn.Linear(width * (side // 16) ** 2, context, **factory),
+            nn.GELU(),
+        )
+        self.from_feature = nn.Linear(width, width, **factory)
+        self.from_context = nn.Linear(context, width, bias=False, **factory)
+        self.from_anchor = nn.Linear(4, width, bias=False, **factory)
+        self.mlp = nn.Sequential(nn.GELU(), nn.Linear(width, width, **factory), nn.GELU())
+        self.head = nn.ModuleDict({name: ZeroLinear(width, FIELDS[name], **factory) for name in fields})
+
+    def forward(self, image: Tensor, anchor_centres: Tensor, anchor_extents: Tensor) -> Dict[str, Tensor]:  # noqa: UP006
+        """Predict raw parameters.
+
+        Args:
+            image: ``(B, C, H, W)``, any size.
+            anchor_centres: (x, y), ``(N, 2)``.
+            anchor_extents: half-extents, ``(N, 2)``.
+
+        Returns:
+            Field name -> ``(B, N, width of the field)``, float32.
+        """
+        dtype = self.from_feature.weight.dtype
+        # Resized in float32: the anti-aliased kernel does not exist in half precision on CPU.
+        small = F.interpolate(image.float(), size=[self.side, self.side], mode='bilinear', antialias=True)
+        features = self.stem(small.to(dtype))  # (B, D, side / 4, side / 4)
+        grid = anchor_centres.expand(image.shape[0], 1, -1, -1)
+        at_anchors = F.grid_sample(features.float(), grid, padding_mode='border', align_corners=False)
+        at_anchors = at_anchors.squeeze(2).transpose(1, 2).to(dtype)  # (B, N, D)
+        place = torch.cat([anchor_centres, torch.log(anchor_extents)], dim=-1).to(dtype)
+        hidden = self.from_feature(at_anchors) + self.from_context(self.context(features)).unsqueeze(1)
+        hidden = self.mlp(hidden + self.from_anchor(place))
+        parameters: Dict[str, Tensor] = {}  # noqa: UP006
+        for name, layer in self.head.items():
+            parameters[name] = layer(hidden).float()
+        return parameters

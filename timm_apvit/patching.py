@@ -1,0 +1,97 @@
+"""Adaptive patching, standing alone: image -> patches and where they were taken."""
+
+import math
+from typing import Any, Optional, Tuple  # noqa: UP035
+
+import torch
+from torch import Tensor, nn
+
+from timm_apvit.coords import NumPatches, anchors, resolve_layout, sample_grid
+from timm_apvit.localizer import Localizer
+from timm_apvit.sampling import sample_patches
+from timm_apvit.transforms import PatchGeometry, PatchTransform, footprint, patch_points
+
+
+class AdaptivePatching(nn.Module):
+    """Learned, content-aware patches: ``(B, C, H, W)`` -> ``(B, N, C, P_h, P_w)`` and their `PatchGeometry`.
+
+    A localisation network predicts a bounded transform for each of N anchors that tile the image; each patch is sampled
+    through its transform, anti-aliased and differentiably. A new layer is the identity: at the full grid its patches are the
+    pixels of a fixed grid. Parameters depend neither on N nor on the image size, and both may change from call to call.
+    Images of any size >= 1 x 1 work, an empty batch too.
+
+    Args:
+        patch_size: samples P along a patch's side, or ``(P_h, P_w)``.
+        num_patches: N, or ``(gh, gw)``. N alone is laid out in rows as near to square cells as it goes.
+        transform: a key of `TRANSFORMS`: what each patch may do.
+        in_chans: image channels C.
+        jitter: standard deviation of the noise on the patches' centres in train mode, in units of their own half-extents.
+        max_shift: how far a patch may move along each axis, in cells of its anchor.
+        max_zoom: largest factor by which a patch may grow or shrink along each axis.
+        max_rotation: in degrees.
+        max_shear: x displacement per unit of y.
+        device: of the parameters.
+        dtype: of the parameters.
+
+    Raises:
+        ValueError: an argument out of range, or an image that is not a floating-point ``(B, C, H, W)``.
+
+    Example:
+        >>> patching = AdaptivePatching(patch_size=16, num_patches=(14, 14))
+        >>> patches, geometry = patching(torch.rand(1, 3, 224, 224))
+        >>> patches.shape, geometry.centres.shape
+        (torch.Size([1, 196, 3, 16, 16]), torch.Size([1, 196, 2]))
+    """
+
+    def __init__(
+        self,
+        patch_size: int | tuple[int, int] = 16,
+        num_patches: NumPatches = (14, 14),
+        transform: str = 'scale',
+        in_chans: int = 3,
+        jitter: float = 0.0,
+        max_shift: float = 1.0,
+        max_zoom: float = 2.0,
+        max_rotation: float = 45.0,
+        max_shear: float = 0.5,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__()
+        if isinstance(jitter, (str, bool)) or not 0 <= jitter < math.inf:
+            raise ValueError(f'expected jitter to be a finite number >= 0, got {jitter!r}')
+        self.patch_size = (patch_size, patch_size) if isinstance(patch_size, int) else (patch_size[0], patch_size[1])
+        self.layout = resolve_layout(num_patches, (1, 1))
+        self.in_chans = in_chans
+        self.jitter = float(jitter)
+        self.transform = PatchTransform(transform, max_shift, max_zoom, max_rotation, max_shear)
+        self.localizer = Localizer(self.transform.fields, in_chans, device=device, dtype=dtype)
+
+    def forward(self, image: Tensor, layout: Optional[Tuple[int, int]] = None) -> Tuple[Tensor, PatchGeometry]:  # noqa: UP006
+        """Take the patches of a batch.
+
+        Args:
+            image: ``(B, C, H, W)``, floating point.
+            layout: ``(N, rows)`` for this call alone (`coords.anchors`); default: that of ``num_patches``.
+
+        Returns:
+            Patches ``(B, N, C, P_h, P_w)``, float32, and the geometry of the batch.
+        """
+        if image.dim() != 4 or image.shape[1] != self.in_chans or min(image.shape[2], image.shape[3]) < 1:
+            raise ValueError(f'expected an image of shape (B, {self.in_chans}, H, W), got {list(image.shape)}')
+        if not image.is_floating_point():
+            raise ValueError(f'expected a normalised floating-point image, got dtype {image.dtype}')
+        used = self.layout if layout is None else layout
+        image_size = (image.shape[2], image.shape[3])
+
+        centres, extents = anchors(used, image.device)
+        parameters = self.localizer(image, centres, extents)
+        noise: Optional[Tensor] = None
+        if self.training and self.jitter > 0:
+            noise = self.jitter * torch.randn_like(parameters['shift'])
+        geometry = self.transform(parameters, centres, extents, image_size, noise)
+
+        points = patch_points(geometry, sample_grid(self.patch_size, image.device))
+        pixels_per_sample = footprint(geometry.image_from_patch, image_size, self.patch_size)
+        largest = self.transform.max_footprint(used, image_size, self.patch_size)
+        return sample_patches(image, points, pixels_per_sample, largest), geometry

@@ -1,0 +1,225 @@
+"""APViT: a Vision Transformer whose patch grid is learned and follows the content of the image."""
+
+import json
+from functools import partial
+from typing import Any, Dict, List, Optional, Tuple, Union  # noqa: UP035
+
+import torch
+from timm.layers import register_notrace_function, register_notrace_module, resample_abs_pos_embed
+from timm.models import VisionTransformer, checkpoint
+from timm.models._features import feature_take_indices
+from torch import Tensor
+
+from timm_apvit.coords import NumPatches
+from timm_apvit.dense import dense_map, splat_weights
+from timm_apvit.patch_embed import AdaptivePatchEmbed, PatchTokens
+from timm_apvit.pos_embed import interpolate_pos_embed
+from timm_apvit.transforms import PatchGeometry
+
+# FX takes these as leaves: their control flow depends on shapes.
+for _function in (interpolate_pos_embed, splat_weights, dense_map):
+    register_notrace_function(_function)
+register_notrace_module(AdaptivePatchEmbed)
+
+ADAPTIVE_KEYS = ('patch_embed.patching.', 'patch_embed.geometry_embed.')
+
+
+class APViT(VisionTransformer):  # type: ignore[misc]
+    """Vision Transformer on adaptive patches.
+
+    A new APViT with the weights of a ViT gives that ViT's own output. The number of patches is free, changes no parameter's
+    shape, and can be set on a built model; images of any size are accepted.
+
+    Modifications of timm's ``VisionTransformer``:
+        ``patch_embed`` is an `AdaptivePatchEmbed`, which returns tokens *and* their geometry;
+        ``_pos_embed`` reads the position embedding at the patches' centres;
+        ``forward_intermediates`` is restated to put tokens back where they looked (`timm_apvit.dense`), as timm's reshape of
+        free tokens to a grid would lie;
+        ``group_matcher`` keeps the localisation network out of the stem, so that layer decay gives it the full rate;
+        ``set_input_size`` and ``reset_classifier`` record what changed, for saving.
+
+    Args:
+        num_patches: N or ``(gh, gw)``; default: the base grid of ``img_size``, also after ``set_input_size``, and the input's
+            own grid with ``dynamic_img_size``.
+        transform: what a patch may do: ``'translation'``, ``'scale'``, ``'anisotropic_scale'``, ``'similarity'``, ``'affine'``.
+        jitter: noise on the centres in train mode, in units of the patches' own half-extents.
+        max_shift: how far a patch may move along each axis, in cells of its anchor.
+        max_zoom: largest factor by which a patch may grow or shrink along each axis.
+        max_rotation: in degrees.
+        max_shear: x displacement per unit of y.
+        kwargs: those of timm's ``VisionTransformer``.
+
+    Raises:
+        ValueError: an argument out of range.
+        TypeError: an unknown argument.
+    """
+
+    __jit_unused_properties__ = ['num_patches']  # noqa: RUF012  TorchScript compiles every other property
+
+    def __init__(
+        self,
+        *,
+        num_patches: Optional[NumPatches] = None,
+        transform: str = 'scale',
+        jitter: float = 0.0,
+        max_shift: float = 1.0,
+        max_zoom: float = 2.0,
+        max_rotation: float = 45.0,
+        max_shear: float = 0.5,
+        **kwargs: Any,
+    ) -> None:
+        patching = {
+            'transform': transform,
+            'jitter': jitter,
+            'max_shift': max_shift,
+            'max_zoom': max_zoom,
+            'max_rotation': max_rotation,
+            'max_shear': max_shear,
+        }
+        super().__init__(embed_layer=partial(AdaptivePatchEmbed, num_patches=num_patches, patching=patching), **kwargs)
+        # What rebuilds this model; timm < 1.0.31 records nothing by itself.
+        self._model_args = {k: v for k, v in kwargs.items() if _is_json(v)}
+        self._record(**patching, num_patches=self.patch_embed.requested)
+
+    @property
+    def num_patches(self) -> int:
+        """Number N of patches (with ``dynamic_img_size`` and none set: that of an image of the nominal size)."""
+        layout = self.patch_embed.layout
+        return int(self.patch_embed.num_patches if layout is None else layout[0])
+
+    @torch.jit.ignore
+    def set_num_patches(self, num_patches: Optional[NumPatches]) -> None:
+        """Take N or ``(gh, gw)`` patches from now on; None: the default. No parameter changes.
+
+        Raises:
+            ValueError: neither an integer >= 1 nor two of them.
+        """
+        self.patch_embed.set_num_patches(num_patches)
+        self._record(num_patches=self.patch_embed.requested)
+
+    @torch.jit.ignore
+    def patch_geometry(self, x: Tensor) -> PatchGeometry:
+        """Where the patches of a batch of images ``(B, C, H, W)`` lie."""
+        geometry: PatchGeometry = self.patch_embed(x).geometry
+        return geometry
+
+    @torch.jit.ignore
+    def set_input_size(
+        self, img_size: Optional[tuple[int, int]] = None, patch_size: Optional[tuple[int, int]] = None
+    ) -> None:
+        """Change the nominal image size ``(h, w)`` and the patch size; see timm's ``VisionTransformer``."""
+        super().set_input_size(img_size=img_size, patch_size=patch_size)
+        self._record(img_size=self.patch_embed.img_size, patch_size=self.patch_embed.patch_size)
+
+    def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None) -> None:
+        """Replace the classifier; see timm's ``VisionTransformer``."""
+        super().reset_classifier(num_classes, global_pool)
+        fc_norm = not isinstance(self.fc_norm, torch.nn.Identity)
+        self._record(global_pool=self.global_pool, fc_norm=fc_norm)
+
+    def _record(self, **changes: Any) -> None:
+        """Note arguments that rebuild the model as it is now."""
+        self._model_args = {**self._model_args, **changes}
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> Dict[str, Union[str, List[Any]]]:  # noqa: UP006
+        """Groups for layer decay. What a ViT does not have matches none of them, and so learns at the head's rate."""
+        matcher: Dict[str, Any] = super().group_matcher(coarse)  # noqa: UP006
+        adaptive = '|'.join(ADAPTIVE_KEYS).replace('.', r'\.')
+        return {**matcher, 'stem': f'(?!{adaptive})(?:{matcher["stem"]})'}
+
+    def _pos_embed(self, x: PatchTokens) -> Tensor:
+        """Add the position embedding at the patches' centres and put the prefix tokens first: ``(B, T + N, D)``."""
+        tokens = x.tokens
+        batch = tokens.shape[0]
+        prefix = []
+        if self.cls_token is not None:
+            prefix.append(self.cls_token.expand(batch, -1, -1))
+        if self.reg_token is not None:
+            prefix.append(self.reg_token.expand(batch, -1, -1))
+        if self.pos_embed is None:
+            return torch.cat(prefix + [tokens], dim=1)  # noqa: RUF005  TorchScript knows no unpacking
+
+        num_embedded = 0 if self.no_embed_class else self.num_prefix_tokens
+        pos_embed = self.pos_embed
+        grid_size = (self.patch_embed.grid_size[0], self.patch_embed.grid_size[1])
+        if self.dynamic_img_size:
+            # timm's own bicubic resampling to the grid of the input first: bilinear reading alone differs by 6 % RMS.
+            pos_embed = resample_abs_pos_embed(
+                pos_embed, new_size=(x.grid_size[0], x.grid_size[1]), old_size=grid_size, num_prefix_tokens=num_embedded
+            )
+            grid_size = (x.grid_size[0], x.grid_size[1])
+        position = interpolate_pos_embed(pos_embed, x.geometry.centres, grid_size, num_embedded)
+        if self.no_embed_class:
+            return self.pos_drop(torch.cat(prefix + [tokens + position], dim=1))  # noqa: RUF005
+        return self.pos_drop(torch.cat(prefix + [tokens], dim=1) + position)  # noqa: RUF005
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: Optional[Union[int, List[int]]] = None,  # noqa: UP006
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = 'NCHW',
+        intermediates_only: bool = False,
+        output_dict: bool = False,
+        attn_mask: Optional[Tensor] = None,
+        is_causal: bool = False,
+    ) -> Union[List[Tensor], Tuple[Tensor, List[Tensor]], Dict[str, Any]]:  # noqa: UP006
+        """Forward that also returns the tokens after chosen blocks; arguments and results as in timm.
+
+        With ``output_fmt='NCHW'`` each map ``(B, D, h, w)`` has the grid of the image (``patch_embed.dynamic_feat_size``),
+        whatever N: a cell is the average of the tokens whose patches cover it, weighted by overlap. ``'NLC'`` gives the tokens
+        ``(B, N, D)`` as they are; `patch_geometry` says where they lie.
+
+        Raises:
+            ValueError: an unknown ``output_fmt``; NCHW maps while tokens are dropped (train mode, ``patch_drop_rate > 0``).
+        """
+        if output_fmt not in ('NCHW', 'NLC'):
+            raise ValueError(f"expected output_fmt to be 'NCHW' or 'NLC', got {output_fmt!r}")
+        take_indices, max_index = feature_take_indices(len(self.blocks), indices)
+        grid_size = self.patch_embed.dynamic_feat_size((x.shape[-2], x.shape[-1]))
+
+        patches = self.patch_embed(x)
+        tokens = self.norm_pre(self.patch_drop(self._pos_embed(patches)))
+        blocks = self.blocks if torch.jit.is_scripting() or not stop_early else self.blocks[: max_index + 1]
+        taken = []
+        for i, block in enumerate(blocks):
+            if attn_mask is not None or is_causal:
+                tokens = block(tokens, attn_mask=attn_mask, is_causal=is_causal)
+            elif self.grad_checkpointing and not torch.jit.is_scripting():
+                tokens = checkpoint(block, tokens)
+            else:
+                tokens = block(tokens)
+            if i in take_indices:
+                taken.append(self.norm(tokens) if norm else tokens)
+
+        prefixes = [y[:, : self.num_prefix_tokens] for y in taken]
+        maps = [y[:, self.num_prefix_tokens :] for y in taken]
+        if output_fmt == 'NCHW' and maps:
+            if maps[0].shape[1] != patches.tokens.shape[1]:
+                raise ValueError('expected patch_drop_rate=0 or eval mode for NCHW maps, got dropped tokens')
+            weights = splat_weights(patches.geometry, grid_size)
+            maps = [dense_map(y, weights, grid_size) for y in maps]
+
+        with_prefix = return_prefix_tokens and self.num_prefix_tokens > 0
+        if output_dict:
+            result: Dict[str, Any] = {'image_intermediates': maps}  # noqa: UP006
+            if with_prefix:
+                result['image_intermediates_prefix'] = prefixes
+            if not intermediates_only:
+                result['image_features'] = self.norm(tokens)
+            return result
+        if with_prefix and not torch.jit.is_scripting():
+            maps = list(zip(maps, prefixes, strict=True))
+        return maps if intermediates_only else (self.norm(tokens), maps)
+
+
+def _is_json(value: Any) -> bool:
+    """Whether config.json can hold a value."""
+    try:
+        json.dumps(value)
+    except TypeError:
+        return False
+    return True
