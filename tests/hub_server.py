@@ -28,11 +28,11 @@ from urllib.parse import unquote, urlsplit
 
 import torch
 
-REPOSITORY = r"(?P<repository>[\w.-]+/[\w.-]+)"
+REPOSITORY = r'(?P<repository>[\w.-]+/[\w.-]+)'
 ROUTES = (
-    ("HEAD", re.compile(rf"/{REPOSITORY}/resolve/(?P<revision>[\w.-]+)/(?P<file>.+)"), "send_repository_file"),
-    ("GET", re.compile(rf"/{REPOSITORY}/resolve/(?P<revision>[\w.-]+)/(?P<file>.+)"), "send_repository_file"),
-    ("GET", re.compile(rf"/api/models/{REPOSITORY}(/revision/(?P<revision>[\w.-]+))?"), "send_model_info"),
+    ('HEAD', re.compile(rf'/{REPOSITORY}/resolve/(?P<revision>[\w.-]+)/(?P<file>.+)'), 'send_repository_file'),
+    ('GET', re.compile(rf'/{REPOSITORY}/resolve/(?P<revision>[\w.-]+)/(?P<file>.+)'), 'send_repository_file'),
+    ('GET', re.compile(rf'/api/models/{REPOSITORY}(/revision/(?P<revision>[\w.-]+))?'), 'send_model_info'),
 )
 
 
@@ -48,7 +48,7 @@ class HubServer(ThreadingHTTPServer):
     daemon_threads = True
 
     def __init__(self, repositories: dict[str, dict[str, bytes]]) -> None:
-        super().__init__(("127.0.0.1", 0), HubRequestHandler)
+        super().__init__(('127.0.0.1', 0), HubRequestHandler)
         self.repositories = repositories
         self.truncate_once: set[str] = set()
         self.requests: list[str] = []
@@ -56,7 +56,7 @@ class HubServer(ThreadingHTTPServer):
     @property
     def endpoint(self) -> str:
         """The address to give as ``HF_ENDPOINT``."""
-        return f"http://127.0.0.1:{self.server_address[1]}"
+        return f'http://127.0.0.1:{self.server_address[1]}'
 
     def commit(self, repository: str) -> str:
         """The repository's only commit: 40 hexadecimal digits that follow its content."""
@@ -69,7 +69,7 @@ class HubServer(ThreadingHTTPServer):
 class HubRequestHandler(BaseHTTPRequestHandler):
     """Answer one connection's requests by the table `ROUTES`."""
 
-    protocol_version = "HTTP/1.1"
+    protocol_version = 'HTTP/1.1'
     server: HubServer
 
     def do_HEAD(self) -> None:
@@ -83,57 +83,57 @@ class HubRequestHandler(BaseHTTPRequestHandler):
     def route(self) -> None:
         """Call the handler of the first row of `ROUTES` that matches, or answer 404."""
         path = unquote(urlsplit(self.path).path)
-        self.server.requests.append(f"{self.command} {path}")
+        self.server.requests.append(f'{self.command} {path}')
         for command, pattern, handler in ROUTES:
             if command == self.command and (match := pattern.fullmatch(path)):
                 getattr(self, handler)(**match.groupdict())
                 return
-        self.send_missing("EntryNotFound")
+        self.send_missing('EntryNotFound')
 
     def send_repository_file(self, repository: str, revision: str, file: str) -> None:
         """Answer with a file's bytes, or with its headers alone."""
         files = self.server.repositories.get(repository)
         if files is None:
-            self.send_missing("RepoNotFound")
-        elif revision not in ("main", self.server.commit(repository)):
-            self.send_missing("RevisionNotFound")
+            self.send_missing('RepoNotFound')
+        elif revision not in ('main', self.server.commit(repository)):
+            self.send_missing('RevisionNotFound')
         elif file not in files:
-            self.send_missing("EntryNotFound", commit=self.server.commit(repository))
+            self.send_missing('EntryNotFound', commit=self.server.commit(repository))
         else:
             content = files[file]
             headers = {
-                "X-Repo-Commit": self.server.commit(repository),
-                "ETag": f'"{hashlib.sha256(content).hexdigest()}"',
+                'X-Repo-Commit': self.server.commit(repository),
+                'ETag': f'"{hashlib.sha256(content).hexdigest()}"',
             }
-            if self.command == "GET" and f"{repository}/{file}" in self.server.truncate_once:
-                self.server.truncate_once.remove(f"{repository}/{file}")
+            if self.command == 'GET' and f'{repository}/{file}' in self.server.truncate_once:
+                self.server.truncate_once.remove(f'{repository}/{file}')
                 content = content[: len(content) // 2]
             self.send_body(HTTPStatus.OK, content, headers)
 
     def send_model_info(self, repository: str, revision: str | None) -> None:
         """Answer with a repository's commit and the names of its files."""
         if repository not in self.server.repositories:
-            self.send_missing("RepoNotFound")
-        elif revision not in (None, "main", self.server.commit(repository)):
-            self.send_missing("RevisionNotFound")
+            self.send_missing('RepoNotFound')
+        elif revision not in (None, 'main', self.server.commit(repository)):
+            self.send_missing('RevisionNotFound')
         else:
-            siblings = [{"rfilename": name} for name in sorted(self.server.repositories[repository])]
-            info = {"id": repository, "sha": self.server.commit(repository), "siblings": siblings}
-            self.send_body(HTTPStatus.OK, json.dumps(info).encode(), {"Content-Type": "application/json"})
+            siblings = [{'rfilename': name} for name in sorted(self.server.repositories[repository])]
+            info = {'id': repository, 'sha': self.server.commit(repository), 'siblings': siblings}
+            self.send_body(HTTPStatus.OK, json.dumps(info).encode(), {'Content-Type': 'application/json'})
 
     def send_missing(self, error_code: str, commit: str | None = None) -> None:
         """Answer 404 with the Hub's own word for what is missing."""
-        headers = {"X-Error-Code": error_code} | ({"X-Repo-Commit": commit} if commit else {})
-        self.send_body(HTTPStatus.NOT_FOUND, b"", headers)
+        headers = {'X-Error-Code': error_code} | ({'X-Repo-Commit': commit} if commit else {})
+        self.send_body(HTTPStatus.NOT_FOUND, b'', headers)
 
     def send_body(self, status: HTTPStatus, body: bytes, headers: dict[str, str]) -> None:
         """Send a whole answer; a ``HEAD`` request gets the headers of the ``GET``."""
         self.send_response(status)
         for name, value in headers.items():
             self.send_header(name, value)
-        self.send_header("Content-Length", str(len(body)))
+        self.send_header('Content-Length', str(len(body)))
         self.end_headers()
-        if self.command != "HEAD":
+        if self.command != 'HEAD':
             self.wfile.write(body)
 
     def log_message(self, format: str, *args: Any) -> None:
@@ -144,7 +144,7 @@ class HubRequestHandler(BaseHTTPRequestHandler):
 def serve(repositories: dict[str, dict[str, bytes]]) -> Iterator[HubServer]:
     """Run a `HubServer` in a thread for the length of a ``with`` block."""
     with HubServer(repositories) as server:
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
+        thread = threading.Thread(target=server.serve_forever, kwargs={'poll_interval': 0.05}, daemon=True)
         thread.start()
         try:
             yield server
@@ -157,7 +157,7 @@ CLIENT = """
 import json, sys
 import torch, timm, timm_apvit
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)
 results = {}
 for name, (model_name, kwargs, shape) in json.loads(sys.argv[1]).items():
     torch.manual_seed(0)
@@ -179,14 +179,14 @@ def client_environment(endpoint: str, home: Path) -> dict[str, str]:
     kept = {
         key: value
         for key, value in os.environ.items()
-        if not key.startswith(("HF_", "HUGGINGFACE_", "TRANSFORMERS_")) and not key.lower().endswith("_proxy")
+        if not key.startswith(('HF_', 'HUGGINGFACE_', 'TRANSFORMERS_')) and not key.lower().endswith('_proxy')
     }
     return kept | {
-        "HF_ENDPOINT": endpoint,
-        "HF_HOME": str(home),
-        "HF_HUB_DISABLE_XET": "1",
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        'HF_ENDPOINT': endpoint,
+        'HF_HOME': str(home),
+        'HF_HUB_DISABLE_XET': '1',
+        'HF_HUB_DISABLE_TELEMETRY': '1',
+        'HF_HUB_DISABLE_PROGRESS_BARS': '1',
     }
 
 
@@ -202,9 +202,9 @@ def create_models(server: HubServer, home: Path, calls: dict[str, tuple[str, dic
         ``{name: {"features", "logits"}}`` of ``torch.randn`` seeded with 0, or ``{name: {"error": "Type: message"}}``.
     """
     home.mkdir(parents=True)
-    result = home / "result.pt"
+    result = home / 'result.pt'
     process = subprocess.run(
-        [sys.executable, "-W", "error", "-c", CLIENT, json.dumps(calls), str(result)],
+        [sys.executable, '-W', 'error', '-c', CLIENT, json.dumps(calls), str(result)],
         env=client_environment(server.endpoint, home),
         cwd=Path(__file__).parents[1],
         capture_output=True,
@@ -212,5 +212,5 @@ def create_models(server: HubServer, home: Path, calls: dict[str, tuple[str, dic
         timeout=300,
     )
     if process.returncode:
-        raise RuntimeError(f"expected the client to succeed, got status {process.returncode}: {process.stderr}")
+        raise RuntimeError(f'expected the client to succeed, got status {process.returncode}: {process.stderr}')
     return torch.load(result)

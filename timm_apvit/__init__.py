@@ -1,10 +1,12 @@
 """Adaptive-patching Vision Transformers for timm.
 
-Importing this package registers ``apvit_tiny``, ``apvit_small``, ``apvit_base`` and ``apvit_large`` with timm, and does nothing
-else. `AdaptivePatching` and `interpolate_pos_embed` stand alone, for other ViTs.
+Importing this package registers ``apvit_tiny``, ``apvit_small``, ``apvit_base`` and ``apvit_large`` with timm, and
+does nothing else. `AdaptivePatching` and `interpolate_pos_embed` stand alone, for other ViTs.
 
-Shapes: ``B`` batch, ``C`` channels, ``H, W`` image pixels, ``gh, gw`` grid, ``N`` patches, ``P`` (``P_h, P_w``) samples along a
-patch's side, ``D`` embedding width, ``T`` prefix tokens. Points are (x, y) in [-1, 1] over pixel edges, sizes are (h, w).
+Shapes: ``B`` batch, ``C`` channels, ``H, W`` image pixels, ``gh, gw`` grid, ``N`` patches, ``P`` (``P_h, P_w``)
+    samples along a
+patch's side, ``D`` embedding width, ``T`` prefix tokens. Points are (x, y) in [-1, 1] over pixel edges, sizes are (h,
+w).
 """
 
 from timm_apvit.apvit import vit_name

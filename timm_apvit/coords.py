@@ -2,14 +2,14 @@
 
 Convention:
     Points are ``(x, y)``, sizes are ``(h, w)``. Normalised coordinates run over [-1, 1] from pixel *edge* to pixel edge
-    (``align_corners=False``), so that centre ``j`` of ``n`` equal cells is ``(2j + 1) / n - 1``. The same holds within a
-    patch. Everything is float32, whatever the dtype of the model: a bfloat16 coordinate is off by a pixel.
+    (``align_corners=False``), so that centre ``j`` of ``n`` equal cells is ``(2j + 1) / n - 1``. The same holds
+    within a patch. Everything is float32, whatever the dtype of the model: a bfloat16 coordinate is off by a pixel.
 """
 
 import math
 import operator
 from collections.abc import Sequence
-from typing import Optional, Tuple, Union  # noqa: UP035  TorchScript reads typing.Tuple on every supported torch.
+from typing import Any, Optional, Union
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ def cell_centres(index: Tensor, count: Tensor) -> Tensor:
     return (2 * index + 1) / count - 1
 
 
-def sample_grid(patch_size: Tuple[int, int], device: torch.device) -> Tensor:  # noqa: UP006
+def sample_grid(patch_size: tuple[int, int], device: torch.device) -> Tensor:
     """Patch-local sample positions of a patch of ``(P_h, P_w)`` pixels: ``(P_h, P_w, 2)``, float32."""
     rows = torch.arange(patch_size[0], device=device, dtype=torch.float32)
     columns = torch.arange(patch_size[1], device=device, dtype=torch.float32)
@@ -31,11 +31,12 @@ def sample_grid(patch_size: Tuple[int, int], device: torch.device) -> Tensor:  #
     return torch.stack([x[None, :].expand(patch_size), y[:, None].expand(patch_size)], dim=-1)
 
 
-def anchors(layout: Tuple[int, int], device: torch.device) -> Tuple[Tensor, Tensor]:  # noqa: UP006
+def anchors(layout: tuple[int, int], device: torch.device) -> tuple[Tensor, Tensor]:
     """Centres and half-extents of the anchors of a layout: ``((N, 2), (N, 2))``, float32.
 
-    ``layout`` is ``(N, R)``: N anchors in R rows of equal height, row r cut into ``(r+1)*N//R - r*N//R`` equal columns. So
-    the anchors tile the image whatever N, primes included, and a ``(gh, gw)`` grid is the layout ``(gh * gw, gh)``.
+    ``layout`` is ``(N, R)``: N anchors in R rows of equal height, row r cut into ``(r+1)*N//R - r*N//R`` equal
+    columns. So the anchors tile the image whatever N, primes included, and a ``(gh, gw)`` grid is the layout ``(gh *
+    gw, gh)``.
     """
     num, rows = layout
     index = torch.arange(num, device=device)
@@ -47,6 +48,12 @@ def anchors(layout: Tuple[int, int], device: torch.device) -> Tuple[Tensor, Tens
     centres = torch.stack([cell_centres((index - start).float(), columns), cell_centres(row.float(), rows_f)], dim=-1)
     extents = torch.stack([1 / columns, 1 / rows_f], dim=-1)
     return centres, extents
+
+
+def layout_grid(layout: tuple[int, int]) -> tuple[int, int]:
+    """The grid ``(gh, gw)`` nearest to a layout ``(N, R)``; the same one if the layout is a grid."""
+    num, rows = layout
+    return rows, (2 * num + rows) // (2 * rows)
 
 
 def resolve_layout(num_patches: NumPatches, base_grid: tuple[int, int]) -> tuple[int, int]:
@@ -74,14 +81,26 @@ def check_num_patches(num_patches: Optional[NumPatches]) -> Union[int, tuple[int
     Raises:
         ValueError: it is neither an integer >= 1 nor two of them.
     """
-    is_grid = isinstance(num_patches, Sequence) and not isinstance(num_patches, str)
+    return _check_counts('num_patches', 'gh, gw', num_patches)
+
+
+def check_patch_size(patch_size: Union[int, Sequence[int]]) -> tuple[int, int]:
+    """Return ``patch_size`` as ``(P_h, P_w)``.
+
+    Raises:
+        ValueError: it is neither an integer >= 1 nor two of them.
+    """
+    sizes = _check_counts('patch_size', 'P_h, P_w', patch_size)
+    return (sizes, sizes) if isinstance(sizes, int) else sizes
+
+
+def _check_counts(name: str, pair: str, given: Any) -> Union[int, tuple[int, int]]:
+    is_pair = isinstance(given, Sequence) and not isinstance(given, str)
+    values = list(given) if is_pair else [given]
     try:
-        sizes = [num for num in num_patches] if is_grid else [num_patches]  # type: ignore[union-attr]  # noqa: C416
-        if any(isinstance(size, bool) for size in sizes):
-            raise TypeError
-        counts = [operator.index(size) for size in sizes]  # type: ignore[arg-type]
+        counts = [operator.index(value) for value in values if not isinstance(value, bool)]
     except TypeError:
         counts = []
-    if min(counts, default=0) < 1 or (is_grid and len(counts) != 2):
-        raise ValueError(f'expected num_patches to be an integer >= 1 or (gh, gw) with both >= 1, got {num_patches!r}')
-    return (counts[0], counts[1]) if is_grid else counts[0]
+    if len(counts) != (2 if is_pair else 1) or min(counts) < 1:
+        raise ValueError(f'expected {name} to be an integer >= 1 or ({pair}) with both >= 1, got {given!r}')
+    return (counts[0], counts[1]) if is_pair else counts[0]

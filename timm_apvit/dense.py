@@ -1,7 +1,5 @@
 """Dense maps: tokens at free positions -> an aligned feature map."""
 
-from typing import Tuple  # noqa: UP035
-
 import torch
 from torch import Tensor
 
@@ -9,18 +7,21 @@ from timm_apvit.coords import anchors
 from timm_apvit.transforms import PatchGeometry
 
 
-def splat_weights(geometry: PatchGeometry, grid_size: Tuple[int, int]) -> Tensor:  # noqa: UP006
+def splat_weights(geometry: PatchGeometry, grid_size: tuple[int, int]) -> Tensor:
     """Share of each patch in each cell of a grid: ``(B, h * w, N)``; the shares of a cell sum to 1.
 
-    A cell is the average of the patches that cover it, weighted by the area of their overlap (measured in the patch's own
-    frame, where a rotated cell is taken as its bounding box). A cell that no patch covers takes the nearest patches.
+    A cell is the average of the patches that cover it, weighted by the area of their overlap (measured in the patch's
+    own frame, where a rotated cell is taken as its bounding box). A cell that no patch covers takes the nearest
+    patches.
     """
     cell_centres, cell_extents = anchors((grid_size[0] * grid_size[1], grid_size[0]), geometry.centres.device)
     offset = cell_centres[:, None] - geometry.centres[:, None]  # (B, h * w, N, 2)
     matrices = geometry.image_from_patch
     xx, xy, yx, yy = matrices[..., 0, 0], matrices[..., 0, 1], matrices[..., 1, 0], matrices[..., 1, 1]
     area = (xx * yy - xy * yx).unsqueeze(-1).unsqueeze(-1)
-    inverse = torch.stack([torch.stack([yy, -xy], dim=-1), torch.stack([-yx, xx], dim=-1)], dim=-2) / area  # (B, N, 2, 2)
+    inverse = (
+        torch.stack([torch.stack([yy, -xy], dim=-1), torch.stack([-yx, xx], dim=-1)], dim=-2) / area
+    )  # (B, N, 2, 2)
     inverse = inverse[:, None]
     local = inverse[..., 0] * offset[..., :1] + inverse[..., 1] * offset[..., 1:]
     half = (inverse.abs() * cell_extents[:1, None, None, None, :]).sum(dim=-1)
@@ -34,7 +35,7 @@ def splat_weights(geometry: PatchGeometry, grid_size: Tuple[int, int]) -> Tensor
     return weights / weights.sum(dim=-1, keepdim=True)
 
 
-def dense_map(tokens: Tensor, weights: Tensor, grid_size: Tuple[int, int]) -> Tensor:  # noqa: UP006
+def dense_map(tokens: Tensor, weights: Tensor, grid_size: tuple[int, int]) -> Tensor:
     """Put tokens back where they looked: ``(B, N, D)``, ``(B, h * w, N)`` -> ``(B, D, h, w)``."""
     maps = weights.to(tokens.dtype) @ tokens
     return maps.transpose(1, 2).reshape(tokens.shape[0], tokens.shape[2], grid_size[0], grid_size[1])

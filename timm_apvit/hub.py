@@ -10,14 +10,21 @@ from timm.models._hub import save_for_hf
 
 from timm_apvit.vision_transformer import APViT
 
-_RUNTIME_ARGS = ('num_classes', 'device', 'dtype')
-
 
 def reconstruction_args(model: APViT) -> dict[str, Any]:
-    """Arguments of ``create_model`` that rebuild a model as it is now, without its classes and its drop rates."""
-    recorded = {k: v for k, v in model._model_args.items() if k not in _RUNTIME_ARGS and not k.endswith('_rate')}
+    """Arguments of ``create_model`` that rebuild a model as it is now, without its classes and its drop rates.
+
+    Raises:
+        ValueError: the model was made with an argument that config.json cannot hold.
+    """
+    args = {k: v for k, v in model._model_args.items() if k != 'num_classes' and not k.endswith('_rate')}
+    for name, value in args.items():
+        try:
+            json.dumps(value)
+        except TypeError:
+            raise ValueError(f'expected arguments that config.json can hold, got {name}={value!r}') from None
     in_chans, img_size = model.patch_embed.patching.in_chans, list(model.patch_embed.img_size)
-    return {**recorded, 'in_chans': in_chans, 'img_size': img_size, 'global_pool': model.global_pool}
+    return {**args, 'in_chans': in_chans, 'img_size': img_size, 'global_pool': model.global_pool}
 
 
 def save_pretrained(
@@ -28,9 +35,10 @@ def save_pretrained(
 ) -> None:
     """Save a model as ``model.safetensors`` and ``config.json``, which hold all that rebuilds it.
 
-    ``timm.create_model('local-dir:DIRECTORY', pretrained=True)`` gives the model back, with the same logits and every adaptive
-    argument, also after ``set_num_patches``, ``set_input_size`` and ``reset_classifier``. Use this rather than timm's own
-    functions, which lose the number of patches before timm 1.0.31. Each file appears whole or not at all.
+    ``timm.create_model('local-dir:DIRECTORY', pretrained=True)`` gives the model back, with the same logits and every
+    adaptive argument, also after ``set_num_patches``, ``set_input_size`` and ``reset_classifier``. Use this rather
+    than timm's own functions, which lose the number of patches before timm 1.0.31. Each file appears whole or not at
+    all.
 
     Args:
         model: an APViT.
@@ -39,7 +47,7 @@ def save_pretrained(
         model_config: further entries of config.json.
 
     Raises:
-        ValueError: not an APViT.
+        ValueError: not an APViT, or made with an argument that config.json cannot hold.
     """
     if not isinstance(model, APViT):
         raise ValueError(f'expected an APViT, got {type(model).__name__}')

@@ -1,6 +1,6 @@
 """The localisation network: image -> raw transform parameters at the anchors."""
 
-from typing import Any, Dict  # noqa: UP035
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -49,10 +49,11 @@ def _conv(in_chans: int, out_chans: int, stride: int, factory: dict[str, Any]) -
 class Localizer(nn.Module):
     """Localisation network: ``(B, C, H, W)`` and N anchors -> raw parameters ``(B, N, width)`` by field name.
 
-    Follows Spatial Transformer Networks (Jaderberg et al. 2015, section 3.1), shared over the patches: the image is resized to a
-    fixed side with anti-aliasing (so that the cost does not grow with the image), a strided stem extracts features, a context
-    branch condenses the whole image into one vector (so that a patch can react to what is far from it), and a small MLP reads
-    both at each anchor. No weight knows N or the image size. The last layers are zero: the identity transform.
+    Follows Spatial Transformer Networks (Jaderberg et al. 2015, section 3.1), shared over the patches: the image is
+    resized to a fixed side with anti-aliasing (so that the cost does not grow with the image), a strided stem
+    extracts features, a context branch condenses the whole image into one vector (so that a patch can react to what
+    is far from it), and a small MLP reads both at each anchor. No weight knows N or the image size. The last layers
+    are zero: the identity transform.
 
     Args:
         fields: names out of `FIELDS`; each has its own last layer, so that a checkpoint says what it predicts.
@@ -78,7 +79,9 @@ class Localizer(nn.Module):
         factory = {'device': device, 'dtype': dtype}
         self.side = side
         self.stem = nn.Sequential(
-            _conv(in_chans, width // 2, 2, factory), _conv(width // 2, width, 2, factory), _conv(width, width, 1, factory)
+            _conv(in_chans, width // 2, 2, factory),
+            _conv(width // 2, width, 2, factory),
+            _conv(width, width, 1, factory),
         )
         self.context = nn.Sequential(
             _conv(width, width, 2, factory),
@@ -93,7 +96,7 @@ class Localizer(nn.Module):
         self.mlp = nn.Sequential(nn.GELU(), nn.Linear(width, width, **factory), nn.GELU())
         self.head = nn.ModuleDict({name: ZeroLinear(width, FIELDS[name], **factory) for name in fields})
 
-    def forward(self, image: Tensor, anchor_centres: Tensor, anchor_extents: Tensor) -> Dict[str, Tensor]:  # noqa: UP006
+    def forward(self, image: Tensor, anchor_centres: Tensor, anchor_extents: Tensor) -> dict[str, Tensor]:
         """Predict raw parameters.
 
         Args:
@@ -114,7 +117,7 @@ class Localizer(nn.Module):
         place = torch.cat([anchor_centres, torch.log(anchor_extents)], dim=-1).to(dtype)
         hidden = self.from_feature(at_anchors) + self.from_context(self.context(features)).unsqueeze(1)
         hidden = self.mlp(hidden + self.from_anchor(place))
-        parameters: Dict[str, Tensor] = {}  # noqa: UP006
+        parameters: dict[str, Tensor] = {}
         for name, layer in self.head.items():
             parameters[name] = layer(hidden).float()
         return parameters

@@ -1,19 +1,22 @@
 """timm's patch-embedding contract on adaptive patches."""
 
 import math
-from typing import Any, Callable, NamedTuple, Optional, Tuple, Union  # noqa: UP035
+from collections.abc import Callable
+from typing import Any, NamedTuple, Optional, Union
 
 import torch
 import torch.nn.functional as F
 from timm.layers import PatchEmbed
 from torch import Tensor, nn
 
-from timm_apvit.coords import NumPatches, anchors, check_num_patches, resolve_layout
+from timm_apvit.coords import NumPatches, anchors, check_num_patches, layout_grid, resolve_layout
 from timm_apvit.localizer import ZeroLinear
 from timm_apvit.patching import AdaptivePatching
 from timm_apvit.transforms import PatchGeometry
 
 GEOMETRY_FEATURES = 7
+# Submodules of `AdaptivePatchEmbed` that timm's ``PatchEmbed`` does not have.
+ADAPTIVE_MODULES = ('patching.', 'geometry_embed.')
 
 
 class PatchTokens(NamedTuple):
@@ -22,18 +25,20 @@ class PatchTokens(NamedTuple):
     Attributes:
         tokens: ``(B, N, D)``.
         geometry: where their patches lie.
-        grid_size: ``(gh, gw)`` that the position embedding is to have before it is read at the patches' centres.
+        grid_size: ``(gh, gw)`` of the anchors, to which the position embedding is to be resampled before it is read
+            at the patches' centres: large cells would alias it, as they would alias the image.
     """
 
     tokens: Tensor
     geometry: PatchGeometry
-    grid_size: Tuple[int, int]  # noqa: UP006
+    grid_size: tuple[int, int]
 
 
-def geometry_features(geometry: PatchGeometry, anchor_centres: Tensor, grid_size: Tuple[int, int]) -> Tensor:  # noqa: UP006
-    """What a patch covers, beyond where its centre is: ``(B, N, 7)``; zero for a cell of ``grid_size`` in its own place.
+def geometry_features(geometry: PatchGeometry, anchor_centres: Tensor, grid_size: tuple[int, int]) -> Tensor:
+    """What a patch covers, beyond where its centre is: ``(B, N, 7)``; zero for a cell of ``grid_size`` in its place.
 
-    Log half-extents against such a cell, way from the anchor in such cells, sine and cosine (less 1) of the rotation, shear.
+    Log half-extents against such a cell, way from the anchor in such cells, sine and cosine (less 1) of the rotation,
+    shear.
     """
     moved = geometry.centres - anchor_centres
     rotation = geometry.rotation
@@ -54,8 +59,8 @@ class AdaptivePatchEmbed(PatchEmbed):  # type: ignore[misc]
 
     Modifications of timm's ``PatchEmbed``:
         ``forward`` samples its patches through `AdaptivePatching` and returns their geometry with the tokens;
-        ``grid_size`` and ``num_patches`` stay those of the base grid, which sizes the position embedding, while ``layout`` says
-        how many patches are taken; any image size is accepted unless ``strict_img_size``.
+        ``grid_size`` and ``num_patches`` stay those of the base grid, which sizes the position embedding, while
+        ``layout`` says how many patches are taken; any image size is accepted unless ``strict_img_size``.
 
     Args:
         img_size: size ``(h, w)`` that the base grid divides.
@@ -64,18 +69,19 @@ class AdaptivePatchEmbed(PatchEmbed):  # type: ignore[misc]
         embed_dim: width D of the tokens.
         norm_layer: applied to the projected patches.
         flatten: accepted for timm's sake; tokens are always ``(B, N, D)``.
-        output_fmt: accepted for timm's sake; ``'NHWC'`` (what timm asks for with ``dynamic_img_size``) lets the default number
-            of patches follow the grid of the input.
+        output_fmt: accepted for timm's sake; ``'NHWC'`` (what timm asks for with ``dynamic_img_size``) lets the
+            default number of patches follow the grid of the input.
         bias: of the projection.
         strict_img_size: accept images of ``img_size`` only.
-        dynamic_img_pad: with a default number of patches that follows the input, pad it to a multiple of the patch size.
+        dynamic_img_pad: with a default number of patches that follows the input, pad it to a multiple of the patch
+            size.
         num_patches: N or ``(gh, gw)``; default: the base grid.
         patching: further arguments of `AdaptivePatching`.
         device: of the parameters.
         dtype: of the parameters.
     """
 
-    layout: Optional[Tuple[int, int]]  # noqa: UP006
+    layout: Optional[tuple[int, int]]
 
     def __init__(
         self,
@@ -140,7 +146,7 @@ class AdaptivePatchEmbed(PatchEmbed):  # type: ignore[misc]
         self.patching.patch_size = self.patch_size
         self._update_layout()
 
-    def dynamic_feat_size(self, img_size: Tuple[int, int]) -> Tuple[int, int]:  # noqa: UP006
+    def dynamic_feat_size(self, img_size: tuple[int, int]) -> tuple[int, int]:
         """Grid of dense features for an image ``(H, W)``, at least 1 x 1."""
         if self.dynamic_img_pad:
             return math.ceil(img_size[0] / self.patch_size[0]), math.ceil(img_size[1] / self.patch_size[1])
@@ -151,13 +157,13 @@ class AdaptivePatchEmbed(PatchEmbed):  # type: ignore[misc]
         if self.strict_img_size and (x.shape[-2] != self.img_size[0] or x.shape[-1] != self.img_size[1]):
             raise ValueError(f'expected images of size {self.img_size}, got {list(x.shape)}')
         layout = self.layout
-        grid_size = (self.grid_size[0], self.grid_size[1])
+        base_grid = (self.grid_size[0], self.grid_size[1])
         if layout is None:  # the default number of patches follows the input
-            grid_size = self.dynamic_feat_size((x.shape[-2], x.shape[-1]))
-            layout = (grid_size[0] * grid_size[1], grid_size[0])
+            base_grid = self.dynamic_feat_size((x.shape[-2], x.shape[-1]))
+            layout = (base_grid[0] * base_grid[1], base_grid[0])
             if self.dynamic_img_pad:
-                pad_h = grid_size[0] * self.patch_size[0] - x.shape[-2]
-                pad_w = grid_size[1] * self.patch_size[1] - x.shape[-1]
+                pad_h = base_grid[0] * self.patch_size[0] - x.shape[-2]
+                pad_w = base_grid[1] * self.patch_size[1] - x.shape[-1]
                 x = F.pad(x, [0, pad_w, 0, pad_h])
 
         patches, geometry = self.patching(x, layout)
@@ -165,26 +171,25 @@ class AdaptivePatchEmbed(PatchEmbed):  # type: ignore[misc]
         # The convolution of a patch that is as large as its kernel is a matrix product, and three times as fast as one.
         tokens = self.norm(F.linear(patches.flatten(2).to(weight.dtype), weight.flatten(1), self.proj.bias))
         centres, _ = anchors(layout, x.device)
-        features = geometry_features(geometry, centres, grid_size)
+        features = geometry_features(geometry, centres, base_grid)
         tokens = tokens + self.geometry_embed(features.to(weight.dtype))
-        return PatchTokens(tokens, geometry, grid_size)
+        return PatchTokens(tokens, geometry, layout_grid(layout))
 
 
 def complete_state_dict(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
     """Complete a checkpoint that lacks what a ViT, or an APViT with a smaller transform family, does not have.
 
-    A checkpoint without any parameter of ours gets the module's own, so that a plain ViT's loads strictly. One with them gets a
-    zero, the identity, for each transform field that it does not predict; whatever else it lacks, loading reports.
+    A checkpoint without any parameter of ours gets the module's own, so that a plain ViT's loads strictly. One with
+    them gets a zero, the identity, for each transform field that it does not predict; whatever else it lacks, loading
+    reports.
     """
-    own = {k: v for k, v in module.state_dict(prefix=prefix).items() if is_adaptive_key(k[len(prefix) :])}
+    own = {k: v for k, v in module.state_dict(prefix=prefix).items() if k[len(prefix) :].startswith(ADAPTIVE_MODULES)}
     plain = not any(key in state_dict for key in own)
+    predicted = {key.rpartition('.')[0] for key in state_dict if '.localizer.head.' in key}
     for key, value in own.items():
+        field = key.rpartition('.')[0]
         if plain:
             state_dict[key] = value
-        elif '.localizer.head.' in key and key not in state_dict:
+        # Every family predicts the shift: a checkpoint without it is not of a smaller family, but broken.
+        elif '.localizer.head.' in key and field not in predicted and not field.endswith('.shift'):
             state_dict[key] = torch.zeros_like(value)
-
-
-def is_adaptive_key(name: str) -> bool:
-    """Whether a parameter of `AdaptivePatchEmbed`, by its name therein, is one that timm's ``PatchEmbed`` does not have."""
-    return name.startswith(('patching.', 'geometry_embed.'))

@@ -1,12 +1,12 @@
 """Adaptive patching, standing alone: image -> patches and where they were taken."""
 
 import math
-from typing import Any, Optional, Tuple  # noqa: UP035
+from typing import Any, Optional
 
 import torch
 from torch import Tensor, nn
 
-from timm_apvit.coords import NumPatches, anchors, resolve_layout, sample_grid
+from timm_apvit.coords import NumPatches, anchors, check_patch_size, resolve_layout, sample_grid
 from timm_apvit.localizer import Localizer
 from timm_apvit.sampling import sample_patches
 from timm_apvit.transforms import PatchGeometry, PatchTransform, footprint, patch_points
@@ -16,16 +16,17 @@ class AdaptivePatching(nn.Module):
     """Learned, content-aware patches: ``(B, C, H, W)`` -> ``(B, N, C, P_h, P_w)`` and their `PatchGeometry`.
 
     A localisation network predicts a bounded transform for each of N anchors that tile the image; each patch is sampled
-    through its transform, anti-aliased and differentiably. A new layer is the identity: at the full grid its patches are the
-    pixels of a fixed grid. Parameters depend neither on N nor on the image size, and both may change from call to call.
-    Images of any size >= 1 x 1 work, an empty batch too.
+    through its transform, anti-aliased and differentiably. A new layer is the identity: at the full grid its patches
+    are the pixels of a fixed grid. Parameters depend neither on N nor on the image size, and both may change from
+    call to call. Images of any size >= 1 x 1 work, an empty batch too.
 
     Args:
         patch_size: samples P along a patch's side, or ``(P_h, P_w)``.
         num_patches: N, or ``(gh, gw)``. N alone is laid out in rows as near to square cells as it goes.
         transform: a key of `TRANSFORMS`: what each patch may do.
         in_chans: image channels C.
-        jitter: standard deviation of the noise on the patches' centres in train mode, in units of their own half-extents.
+        jitter: standard deviation of the noise on the patches' centres in train mode, in units of their own
+            half-extents.
         max_shift: how far a patch may move along each axis, in cells of its anchor.
         max_zoom: largest factor by which a patch may grow or shrink along each axis.
         max_rotation: in degrees.
@@ -60,14 +61,14 @@ class AdaptivePatching(nn.Module):
         super().__init__()
         if isinstance(jitter, (str, bool)) or not 0 <= jitter < math.inf:
             raise ValueError(f'expected jitter to be a finite number >= 0, got {jitter!r}')
-        self.patch_size = (patch_size, patch_size) if isinstance(patch_size, int) else (patch_size[0], patch_size[1])
+        self.patch_size = check_patch_size(patch_size)
         self.layout = resolve_layout(num_patches, (1, 1))
         self.in_chans = in_chans
         self.jitter = float(jitter)
         self.transform = PatchTransform(transform, max_shift, max_zoom, max_rotation, max_shear)
         self.localizer = Localizer(self.transform.fields, in_chans, device=device, dtype=dtype)
 
-    def forward(self, image: Tensor, layout: Optional[Tuple[int, int]] = None) -> Tuple[Tensor, PatchGeometry]:  # noqa: UP006
+    def forward(self, image: Tensor, layout: Optional[tuple[int, int]] = None) -> tuple[Tensor, PatchGeometry]:
         """Take the patches of a batch.
 
         Args:

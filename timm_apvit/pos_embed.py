@@ -1,12 +1,10 @@
 """Position embeddings at free positions."""
 
-from typing import Tuple  # noqa: UP035
-
 import torch
 from torch import Tensor
 
 
-def _corners(coordinate: Tensor, count: int) -> Tuple[Tensor, Tensor, Tensor]:  # noqa: UP006
+def _corners(coordinate: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
     """The two cells about a normalised coordinate and the weight of the second; any shape."""
     cell = ((coordinate + 1) * (count / 2) - 0.5).clamp(0.0, float(count - 1))
     low = cell.detach().floor()
@@ -16,17 +14,18 @@ def _corners(coordinate: Tensor, count: int) -> Tuple[Tensor, Tensor, Tensor]:  
 def interpolate_pos_embed(
     pos_embed: Tensor,
     centres: Tensor,
-    grid_size: Tuple[int, int],  # noqa: UP006
+    grid_size: tuple[int, int],
     num_prefix_tokens: int = 0,
 ) -> Tensor:
     """Read a position embedding at free positions: ``(1, T + gh * gw, D)``, ``(B, N, 2)`` -> ``(B, T + N, D)``.
 
     Bilinear at the centres, continued beyond the outer cell centres by their own value, and exact at every cell centre
-    ``(2j + 1) / n - 1`` (``align_corners=False``), so that the cells of a fixed grid get the embeddings they always had.
-    Differentiable in both. Standing alone: it works for any ViT.
+    ``(2j + 1) / n - 1`` (``align_corners=False``), so that the cells of a fixed grid get the embeddings they always
+    had. Differentiable in both. Standing alone: it works for any ViT.
 
     Args:
-        pos_embed: learned embedding of T prefix tokens (class, registers) and a ``grid_size`` grid, row by row; any dtype.
+        pos_embed: learned embedding of T prefix tokens (class, registers) and a ``grid_size`` grid, row by row; any
+            dtype.
         centres: (x, y), normalised over pixel edges.
         grid_size: ``(gh, gw)``.
         num_prefix_tokens: T; they come first and are returned as they are.

@@ -1,13 +1,12 @@
 """Anti-aliased sampling of patches from a mip pyramid.
 
-A patch that covers more source pixels than it has samples aliases under plain bilinear sampling, which also hides from the
-localisation network what lies between its samples. Patches are therefore read from a mip pyramid (Williams 1983) at the level
-of their own pixel footprint, trilinearly. All levels lie in one atlas, so that two look-ups serve any number of levels, and
-level 0 alone is read where shapes and bounds show that no footprint exceeds one pixel.
+A patch that covers more source pixels than it has samples aliases under plain bilinear sampling, which also hides
+from the localisation network what lies between its samples. Patches are therefore read from a mip pyramid (Williams
+1983) at the level of their own pixel footprint, trilinearly. All levels lie in one atlas, so that two look-ups serve
+any number of levels, and level 0 alone is read where shapes and bounds show that no footprint exceeds one pixel.
 """
 
 import math
-from typing import Tuple  # noqa: UP035
 
 import torch
 import torch.nn.functional as F
@@ -17,16 +16,17 @@ from torch import Tensor
 def mip_level(footprint: Tensor) -> Tensor:
     """Level to read for a footprint in source pixels per sample; any shape.
 
-    ``l - min(l, 1) / 2`` with ``l = max(0, log2(footprint))``. Half a level below the textbook's log2 is nearer to the true
-    area average on photographs (RMS error 0.018 against 0.041 of the standard deviation at twice the pixels, 0.044 against
-    0.092 at eight times), and for aligned grids at powers of two it is the exact area average. Continuous, 0 up to one pixel.
+    ``l - min(l, 1) / 2`` with ``l = max(0, log2(footprint))``. Half a level below the textbook's log2 is nearer to
+    the true area average on photographs (RMS error 0.018 against 0.041 of the standard deviation at twice the pixels,
+    0.044 against 0.092 at eight times), and for aligned grids at powers of two it is the exact area average.
+    Continuous, 0 up to one pixel.
     """
     level = torch.log2(footprint.clamp(min=1.0))
     return level - 0.5 * level.clamp(max=1.0)
 
 
-def num_mip_levels(max_footprint: float, image_size: Tuple[int, int]) -> int:  # noqa: UP006
-    """How many levels footprints up to ``max_footprint`` can touch in an image ``(H, W)``; 1 means that no pyramid is needed."""
+def num_mip_levels(max_footprint: float, image_size: tuple[int, int]) -> int:
+    """How many levels footprints up to ``max_footprint`` can touch in an image ``(H, W)``; 1: no pyramid is needed."""
     tolerance = 1e-4  # a footprint of one pixel, but for rounding
     if max_footprint <= 1 + tolerance:
         return 1
@@ -42,11 +42,11 @@ def _halve(level: Tensor) -> Tensor:
     return F.avg_pool2d(level, 2)
 
 
-def mip_atlas(image: Tensor, num_levels: int) -> Tuple[Tensor, int]:  # noqa: UP006
+def mip_atlas(image: Tensor, num_levels: int) -> tuple[Tensor, int]:
     """Lay the mip levels of an image into one: ``(B, C, H, W)`` -> ``(B, C, H + S_h / 2, S_w)`` and ``S_w``.
 
-    Level 0 lies at the top; below it stand the levels k >= 1 from left to right, in slots ``S_w / 2^k`` wide, where S is the
-    size rounded up to a multiple of ``2^(num_levels - 1)``. Source pixel X lies at ``X / 2^k`` in every level.
+    Level 0 lies at the top; below it stand the levels k >= 1 from left to right, in slots ``S_w / 2^k`` wide, where S
+    is the size rounded up to a multiple of ``2^(num_levels - 1)``. Source pixel X lies at ``X / 2^k`` in every level.
     """
     multiple = 1 << (num_levels - 1)
     slot_h = (image.shape[-2] + multiple - 1) // multiple * multiple // 2
@@ -72,7 +72,7 @@ def _read(texture: Tensor, points: Tensor) -> Tensor:
     return strip.reshape([points.shape[0], texture.shape[1]] + list(points.shape[1:4]))  # noqa: RUF005
 
 
-def _read_atlas(atlas: Tensor, slot_width: int, image_size: Tuple[int, int], points: Tensor, level: Tensor) -> Tensor:  # noqa: UP006
+def _read_atlas(atlas: Tensor, slot_width: int, image_size: tuple[int, int], points: Tensor, level: Tensor) -> Tensor:
     """Read integer levels ``(B, N, P_h | 1, P_w | 1)`` of an atlas at points ``(B, N, P_h, P_w, 2)``."""
     scale = torch.exp2(-level)
     x = (points[..., 0] + 1) * (image_size[1] / 2) * scale
@@ -103,7 +103,9 @@ def sample_patches(image: Tensor, points: Tensor, footprint: Tensor, max_footpri
     if footprint.dim() == 2:
         footprint = footprint.unsqueeze(-1).unsqueeze(-1)
     level = mip_level(footprint).clamp(max=float(num_levels - 1))
-    if num_levels == 2:  # as for a full grid: no atlas to build, and identity samples stay on their pixels to the last bit but one
+    if (
+        num_levels == 2
+    ):  # as for a full grid: no atlas to build, and identity samples stay on their pixels to the last bit but one
         half = _halve(image)
         ratio_w, ratio_h = image_size[1] / (2 * half.shape[-1]), image_size[0] / (2 * half.shape[-2])
         x, y = points[..., 0] * ratio_w + (ratio_w - 1), points[..., 1] * ratio_h + (ratio_h - 1)

@@ -1,13 +1,13 @@
 """Transform families: what the localisation network predicts for a patch -> where the patch lies in the image.
 
-A patch point u in [-1, 1]^2 lies in the image at ``p = c + D^-1 R D diag(e S) K u``: shear K, scale S times the anchor's
-half-extent e, rotation R *in pixels* (``D = diag(W, H) / 2``: rotating in normalised units would shear a patch wherever the
-image is not square), centre c. This is the sampling grid of Spatial Transformer Networks (Jaderberg et al. 2015, eq. 1) with
-bounded, named parameters. Raw parameters are unbounded, and zero is the identity.
+A patch point u in [-1, 1]^2 lies in the image at ``p = c + D^-1 R D diag(e S) K u``: shear K, scale S times the
+anchor's half-extent e, rotation R *in pixels* (``D = diag(W, H) / 2``: rotating in normalised units would shear a
+patch wherever the image is not square), centre c. This is the sampling grid of Spatial Transformer Networks
+(Jaderberg et al. 2015, eq. 1) with bounded, named parameters. Raw parameters are unbounded, and zero is the identity.
 """
 
 import math
-from typing import Any, Dict, List, NamedTuple, Optional, Tuple  # noqa: UP035
+from typing import Any, NamedTuple, Optional
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +28,8 @@ class PatchGeometry(NamedTuple):
     """Where the patches of a batch lie.
 
     Convention:
-        (x, y), normalised over pixel edges; y points down, so a positive rotation turns a patch clockwise on the screen.
+        (x, y), normalised over pixel edges; y points down, so a positive rotation turns a patch clockwise on the
+        screen.
 
     Attributes:
         centres: ``(B, N, 2)``.
@@ -49,8 +50,10 @@ class PatchGeometry(NamedTuple):
         return patch_points(self, local)
 
     def outlines(self, points_per_side: int = 1) -> Tensor:
-        """Closed outline of every patch, clockwise on the screen from its top-left corner: ``(B, N, 4 * points_per_side + 1, 2)``."""
-        step = torch.arange(points_per_side, device=self.centres.device, dtype=torch.float32) * (2 / points_per_side) - 1
+        """Closed outline of every patch: ``(B, N, 4 * points_per_side + 1, 2)``, clockwise from its top-left corner."""
+        step = (
+            torch.arange(points_per_side, device=self.centres.device, dtype=torch.float32) * (2 / points_per_side) - 1
+        )
         one = torch.ones_like(step)
         sides = [(step, -one), (one, step), (-step, one), (-one, -step), (-one[:1], -one[:1])]
         return self.points(torch.cat([torch.stack(side, dim=-1) for side in sides]))
@@ -66,7 +69,7 @@ def patch_points(geometry: PatchGeometry, local: Tensor) -> Tensor:
     return points.reshape(list(shape[:2]) + list(local.shape))
 
 
-def footprint(image_from_patch: Tensor, image_size: Tuple[int, int], patch_size: Tuple[int, int]) -> Tensor:  # noqa: UP006
+def footprint(image_from_patch: Tensor, image_size: tuple[int, int], patch_size: tuple[int, int]) -> Tensor:
     """Source pixels per sample step along the patch's most stretched direction: ``(B, N, 2, 2)`` -> ``(B, N)``.
 
     The larger singular value of d(source pixel) / d(sample), in closed form (half the sum of two hypotenuses).
@@ -118,11 +121,13 @@ def inward_clamp(x: Tensor, low: Tensor, high: Tensor) -> Tensor:
     """
     if torch.jit.is_scripting():
         return x + (torch.minimum(torch.maximum(x, low), high) - x).detach()
-    clamped: Tensor = _InwardClamp.apply(x, low, high)  # type: ignore[no-untyped-call]
+    clamped: Tensor = _InwardClamp.apply(x, low, high)
     return clamped
 
 
-def place_inside(centres: Tensor, extents: Tensor, rotation: Tensor, shear: Tensor, image_size: Tuple[int, int]) -> PatchGeometry:  # noqa: UP006
+def place_inside(
+    centres: Tensor, extents: Tensor, rotation: Tensor, shear: Tensor, image_size: tuple[int, int]
+) -> PatchGeometry:
     """Put patches wholly inside the image: shrink what is wider than it, then shift what sticks out.
 
     Args:
@@ -167,7 +172,7 @@ class PatchTransform(nn.Module):
         ValueError: an unknown name or a bound out of range.
     """
 
-    fields: List[str]  # noqa: UP006
+    fields: list[str]
 
     def __init__(
         self,
@@ -202,7 +207,7 @@ class PatchTransform(nn.Module):
             f'max_rotation={math.degrees(self.max_rotation):g}, max_shear={self.max_shear:g}'
         )
 
-    def max_footprint(self, layout: Tuple[int, int], image_size: Tuple[int, int], patch_size: Tuple[int, int]) -> float:  # noqa: UP006
+    def max_footprint(self, layout: tuple[int, int], image_size: tuple[int, int], patch_size: tuple[int, int]) -> float:
         """Upper bound of `footprint` over all parameters, for the anchors of a layout."""
         widest = image_size[1] / (layout[0] // layout[1]) / patch_size[1]
         highest = image_size[0] / layout[1] / patch_size[0]
@@ -216,10 +221,10 @@ class PatchTransform(nn.Module):
 
     def forward(
         self,
-        parameters: Dict[str, Tensor],  # noqa: UP006
+        parameters: dict[str, Tensor],
         anchor_centres: Tensor,
         anchor_extents: Tensor,
-        image_size: Tuple[int, int],  # noqa: UP006
+        image_size: tuple[int, int],
         noise: Optional[Tensor] = None,
     ) -> PatchGeometry:
         """Bound the parameters and place the patches.

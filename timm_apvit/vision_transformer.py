@@ -1,47 +1,49 @@
 """APViT: a Vision Transformer whose patch grid is learned and follows the content of the image."""
 
-import json
 from functools import partial
-from typing import Any, Dict, List, Optional, Tuple, Union  # noqa: UP035
+from typing import Any, Optional, Union
 
 import torch
-from timm.layers import register_notrace_function, register_notrace_module, resample_abs_pos_embed
+from timm.layers import register_notrace_module, resample_abs_pos_embed
 from timm.models import VisionTransformer, checkpoint
 from timm.models._features import feature_take_indices
 from torch import Tensor
 
 from timm_apvit.coords import NumPatches
 from timm_apvit.dense import dense_map, splat_weights
-from timm_apvit.patch_embed import AdaptivePatchEmbed, PatchTokens
+from timm_apvit.patch_embed import ADAPTIVE_MODULES, AdaptivePatchEmbed, PatchTokens
 from timm_apvit.pos_embed import interpolate_pos_embed
 from timm_apvit.transforms import PatchGeometry
+from timm_apvit.weights import check_npz
 
 # FX takes these as leaves: their control flow depends on shapes.
-for _function in (interpolate_pos_embed, splat_weights, dense_map):
-    register_notrace_function(_function)
+for _name in ('interpolate_pos_embed', 'resample_abs_pos_embed', 'splat_weights', 'dense_map'):
+    torch.fx.wrap(_name)
 register_notrace_module(AdaptivePatchEmbed)
 
-ADAPTIVE_KEYS = ('patch_embed.patching.', 'patch_embed.geometry_embed.')
+# Prefixes of the parameters that a ViT does not have.
+ADAPTIVE_KEYS = tuple(f'patch_embed.{name}' for name in ADAPTIVE_MODULES)
 
 
 class APViT(VisionTransformer):  # type: ignore[misc]
     """Vision Transformer on adaptive patches.
 
-    A new APViT with the weights of a ViT gives that ViT's own output. The number of patches is free, changes no parameter's
-    shape, and can be set on a built model; images of any size are accepted.
+    A new APViT with the weights of a ViT gives that ViT's own output. The number of patches is free, changes no
+    parameter's shape, and can be set on a built model; images of any size are accepted.
 
     Modifications of timm's ``VisionTransformer``:
         ``patch_embed`` is an `AdaptivePatchEmbed`, which returns tokens *and* their geometry;
         ``_pos_embed`` reads the position embedding at the patches' centres;
-        ``forward_intermediates`` is restated to put tokens back where they looked (`timm_apvit.dense`), as timm's reshape of
-        free tokens to a grid would lie;
-        ``group_matcher`` keeps the localisation network out of the stem, so that layer decay gives it the full rate;
-        ``set_input_size`` and ``reset_classifier`` record what changed, for saving.
+        ``forward_intermediates`` is restated to put tokens back where they looked (`timm_apvit.dense`), as timm's
+        reshape of free tokens to a grid would lie; ``group_matcher`` keeps the localisation network out of the stem,
+        so that layer decay gives it the full rate; ``set_input_size`` and ``reset_classifier`` record what changed,
+        for saving.
 
     Args:
-        num_patches: N or ``(gh, gw)``; default: the base grid of ``img_size``, also after ``set_input_size``, and the input's
-            own grid with ``dynamic_img_size``.
-        transform: what a patch may do: ``'translation'``, ``'scale'``, ``'anisotropic_scale'``, ``'similarity'``, ``'affine'``.
+        num_patches: N or ``(gh, gw)``; default: the base grid of ``img_size``, also after ``set_input_size``, and the
+            input's own grid with ``dynamic_img_size``.
+        transform: what a patch may do: ``'translation'``, ``'scale'``, ``'anisotropic_scale'``, ``'similarity'``,
+            ``'affine'``.
         jitter: noise on the centres in train mode, in units of the patches' own half-extents.
         max_shift: how far a patch may move along each axis, in cells of its anchor.
         max_zoom: largest factor by which a patch may grow or shrink along each axis.
@@ -78,7 +80,7 @@ class APViT(VisionTransformer):  # type: ignore[misc]
         }
         super().__init__(embed_layer=partial(AdaptivePatchEmbed, num_patches=num_patches, patching=patching), **kwargs)
         # What rebuilds this model; timm < 1.0.31 records nothing by itself.
-        self._model_args = {k: v for k, v in kwargs.items() if _is_json(v)}
+        self._model_args = {k: v for k, v in kwargs.items() if k not in ('device', 'dtype')}
         self._record(**patching, num_patches=self.patch_embed.requested)
 
     @property
@@ -117,14 +119,24 @@ class APViT(VisionTransformer):  # type: ignore[misc]
         fc_norm = not isinstance(self.fc_norm, torch.nn.Identity)
         self._record(global_pool=self.global_pool, fc_norm=fc_norm)
 
+    @torch.jit.ignore
+    def load_pretrained(self, checkpoint_path: str, prefix: str = '') -> None:
+        """Load an original JAX checkpoint (.npz), which must be of this model's size.
+
+        Raises:
+            ValueError: it is of another size.
+        """
+        check_npz(checkpoint_path, self)
+        super().load_pretrained(checkpoint_path, prefix)
+
     def _record(self, **changes: Any) -> None:
         """Note arguments that rebuild the model as it is now."""
         self._model_args = {**self._model_args, **changes}
 
     @torch.jit.ignore
-    def group_matcher(self, coarse: bool = False) -> Dict[str, Union[str, List[Any]]]:  # noqa: UP006
+    def group_matcher(self, coarse: bool = False) -> dict[str, Union[str, list[Any]]]:
         """Groups for layer decay. What a ViT does not have matches none of them, and so learns at the head's rate."""
-        matcher: Dict[str, Any] = super().group_matcher(coarse)  # noqa: UP006
+        matcher: dict[str, Any] = super().group_matcher(coarse)
         adaptive = '|'.join(ADAPTIVE_KEYS).replace('.', r'\.')
         return {**matcher, 'stem': f'(?!{adaptive})(?:{matcher["stem"]})'}
 
@@ -141,23 +153,28 @@ class APViT(VisionTransformer):  # type: ignore[misc]
             return torch.cat(prefix + [tokens], dim=1)  # noqa: RUF005  TorchScript knows no unpacking
 
         num_embedded = 0 if self.no_embed_class else self.num_prefix_tokens
-        pos_embed = self.pos_embed
-        grid_size = (self.patch_embed.grid_size[0], self.patch_embed.grid_size[1])
-        if self.dynamic_img_size:
-            # timm's own bicubic resampling to the grid of the input first: bilinear reading alone differs by 6 % RMS.
-            pos_embed = resample_abs_pos_embed(
-                pos_embed, new_size=(x.grid_size[0], x.grid_size[1]), old_size=grid_size, num_prefix_tokens=num_embedded
-            )
-            grid_size = (x.grid_size[0], x.grid_size[1])
+        grid_size = (x.grid_size[0], x.grid_size[1])
+        # timm's own anti-aliased resampling to the anchors' grid first, so that each grid of patches has the
+        # embedding that timm's ViT of that grid has: bilinear reading alone differs by 6 % RMS at twice the cell and
+        # by 29 % at four times.
+        pos_embed = resample_abs_pos_embed(
+            self.pos_embed,
+            new_size=grid_size,
+            old_size=(self.patch_embed.grid_size[0], self.patch_embed.grid_size[1]),
+            num_prefix_tokens=num_embedded,
+        )
         position = interpolate_pos_embed(pos_embed, x.geometry.centres, grid_size, num_embedded)
         if self.no_embed_class:
-            return self.pos_drop(torch.cat(prefix + [tokens + position], dim=1))  # noqa: RUF005
-        return self.pos_drop(torch.cat(prefix + [tokens], dim=1) + position)  # noqa: RUF005
+            embedded = torch.cat(prefix + [tokens + position], dim=1)  # noqa: RUF005
+        else:
+            embedded = torch.cat(prefix + [tokens], dim=1) + position  # noqa: RUF005
+        dropped: Tensor = self.pos_drop(embedded)
+        return dropped
 
     def forward_intermediates(
         self,
         x: Tensor,
-        indices: Optional[Union[int, List[int]]] = None,  # noqa: UP006
+        indices: Optional[Union[int, list[int]]] = None,
         return_prefix_tokens: bool = False,
         norm: bool = False,
         stop_early: bool = False,
@@ -166,15 +183,17 @@ class APViT(VisionTransformer):  # type: ignore[misc]
         output_dict: bool = False,
         attn_mask: Optional[Tensor] = None,
         is_causal: bool = False,
-    ) -> Union[List[Tensor], Tuple[Tensor, List[Tensor]], Dict[str, Any]]:  # noqa: UP006
+    ) -> Union[list[Tensor], tuple[Tensor, list[Tensor]], dict[str, Any]]:
         """Forward that also returns the tokens after chosen blocks; arguments and results as in timm.
 
-        With ``output_fmt='NCHW'`` each map ``(B, D, h, w)`` has the grid of the image (``patch_embed.dynamic_feat_size``),
-        whatever N: a cell is the average of the tokens whose patches cover it, weighted by overlap. ``'NLC'`` gives the tokens
-        ``(B, N, D)`` as they are; `patch_geometry` says where they lie.
+        With ``output_fmt='NCHW'`` each map ``(B, D, h, w)`` has the grid of the image
+        (``patch_embed.dynamic_feat_size``), whatever N: a cell is the average of the tokens whose patches cover it,
+        weighted by overlap. ``'NLC'`` gives the tokens ``(B, N, D)`` as they are; `patch_geometry` says where they
+        lie.
 
         Raises:
-            ValueError: an unknown ``output_fmt``; NCHW maps while tokens are dropped (train mode, ``patch_drop_rate > 0``).
+            ValueError: an unknown ``output_fmt``; NCHW maps while tokens are dropped (train mode, ``patch_drop_rate >
+                0``).
         """
         if output_fmt not in ('NCHW', 'NLC'):
             raise ValueError(f"expected output_fmt to be 'NCHW' or 'NLC', got {output_fmt!r}")
@@ -183,15 +202,10 @@ class APViT(VisionTransformer):  # type: ignore[misc]
 
         patches = self.patch_embed(x)
         tokens = self.norm_pre(self.patch_drop(self._pos_embed(patches)))
-        blocks = self.blocks if torch.jit.is_scripting() or not stop_early else self.blocks[: max_index + 1]
+        last = max_index if stop_early else len(self.blocks) - 1
         taken = []
-        for i, block in enumerate(blocks):
-            if attn_mask is not None or is_causal:
-                tokens = block(tokens, attn_mask=attn_mask, is_causal=is_causal)
-            elif self.grad_checkpointing and not torch.jit.is_scripting():
-                tokens = checkpoint(block, tokens)
-            else:
-                tokens = block(tokens)
+        for i, block in enumerate(self.blocks[: last + 1]):
+            tokens = self._run_block(block, tokens, attn_mask, is_causal)
             if i in take_indices:
                 taken.append(self.norm(tokens) if norm else tokens)
 
@@ -205,21 +219,22 @@ class APViT(VisionTransformer):  # type: ignore[misc]
 
         with_prefix = return_prefix_tokens and self.num_prefix_tokens > 0
         if output_dict:
-            result: Dict[str, Any] = {'image_intermediates': maps}  # noqa: UP006
+            result: dict[str, Any] = {'image_intermediates': maps}
             if with_prefix:
                 result['image_intermediates_prefix'] = prefixes
             if not intermediates_only:
                 result['image_features'] = self.norm(tokens)
             return result
-        if with_prefix and not torch.jit.is_scripting():
+        if with_prefix:
             maps = list(zip(maps, prefixes, strict=True))
         return maps if intermediates_only else (self.norm(tokens), maps)
 
-
-def _is_json(value: Any) -> bool:
-    """Whether config.json can hold a value."""
-    try:
-        json.dumps(value)
-    except TypeError:
-        return False
-    return True
+    def _run_block(self, block: torch.nn.Module, x: Tensor, attn_mask: Optional[Tensor], is_causal: bool) -> Tensor:
+        """One block, as timm runs it: masked, checkpointed or plain."""
+        if attn_mask is not None or is_causal:
+            out: Tensor = block(x, attn_mask=attn_mask, is_causal=is_causal)
+        elif self.grad_checkpointing:
+            out = checkpoint(block, x)
+        else:
+            out = block(x)
+        return out

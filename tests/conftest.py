@@ -1,0 +1,70 @@
+"""Shared fixtures: photographs, real weights, trained-looking models."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+
+# Tests are small: a second thread costs more than it gives, and much more on a busy machine.
+torch.set_num_threads(1)
+
+DINOV2 = 'vit_small_patch14_dinov2.fp16.safetensors'
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope='session')
+def photographs() -> list[Tensor]:
+    """Photographs that scikit-image ships: each ``(1, 3, H, W)`` in [0, 1]."""
+    data = pytest.importorskip('skimage.data', reason='photographs come from scikit-image')
+    images = [data.astronaut(), data.chelsea(), data.coffee(), data.rocket()]
+    return [torch.from_numpy(np.ascontiguousarray(i)).permute(2, 0, 1)[None].float() / 255 for i in images]
+
+
+@pytest.fixture(scope='session')
+def dinov2_file() -> str:
+    """Real DINOv2 ViT-S/14 weights in timm's layout: the file $APVIT_DINOV2, or in ``../shared/data``."""
+    default = Path(__file__).parents[2] / 'shared' / 'data' / DINOV2
+    path = Path(os.environ.get('APVIT_DINOV2', default))
+    if not path.is_file():
+        pytest.skip(f'set APVIT_DINOV2 to a file {DINOV2} for tests on real weights')
+    return str(path)
+
+
+def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
+    """Give a model weights as if it had been trained: every parameter random, the position embedding far from zero."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            std = 0.5 if name == 'pos_embed' else 0.04
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * std)
+    return model
+
+
+def vit_and_apvit(vit: str, apvit: str, **kwargs: object) -> tuple[nn.Module, nn.Module]:
+    """A ViT with weights as if trained, and an APViT made from it, both in eval mode."""
+    model = randomise(timm.create_model(vit, **kwargs)).eval()
+    adaptive = timm.create_model(apvit, **kwargs).eval()
+    adaptive.load_state_dict(model.state_dict())
+    return model, adaptive
+
+
+def move_patches(model: nn.Module, std: float = 1.0) -> nn.Module:
+    """Make the localisation network predict transforms that differ by patch and image."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if 'localizer.head' in name or 'geometry_embed' in name:
+                parameter.normal_(std=std)
+    return model
+
+
+def relative(difference: Tensor, reference: Tensor) -> float:
+    """Largest difference, in standard deviations of the reference."""
+    return (difference.float().abs().max() / reference.float().std()).item()

@@ -1,0 +1,277 @@
+"""APViT: budgets, sizes, gradients, and everything that timm's ViT can do."""
+
+import copy
+import pickle
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import timm
+import torch
+from conftest import move_patches, randomise, relative, vit_and_apvit
+from timm.optim import create_optimizer_v2, param_groups_layer_decay
+from torch import nn
+
+import timm_apvit
+
+BUDGETS = [1, 2, 7, 49, 97, 98, 196, 400]
+SIZES = [(97, 211), (224, 224), (512, 384), (1024, 1024), (1, 1)]
+
+
+def create(name='test_apvit', **kwargs):
+    return move_patches(timm.create_model(name, **kwargs), std=0.3).eval()
+
+
+@pytest.mark.parametrize('num', [*BUDGETS, (5, 9)])
+def test_one_state_dict_serves_every_budget_and_size(num):
+    state = create(dynamic_img_size=False, img_size=224, num_classes=10).state_dict()
+    model = timm.create_model(
+        'test_apvit', dynamic_img_size=False, img_size=224, num_classes=10, num_patches=num
+    ).eval()
+    model.load_state_dict(state)
+    count = num if isinstance(num, int) else 45
+    assert model.num_patches == count
+    for size in SIZES:
+        image = torch.randn(2, 3, *size)
+        with torch.no_grad():
+            assert model(image).isfinite().all()
+        assert model.patch_geometry(image).centres.shape == (2, count, 2)
+
+
+@pytest.mark.parametrize('size', SIZES)
+def test_dynamic_img_size_takes_any_image(size):
+    model = create()
+    grid = max(1, size[0] // 16), max(1, size[1] // 16)
+    assert model.patch_geometry(torch.randn(1, 3, *size)).centres.shape[1] == grid[0] * grid[1]
+    model.set_num_patches(9)  # a set number wins
+    assert model.patch_geometry(torch.randn(1, 3, *size)).centres.shape[1] == 9
+    assert model(torch.randn(1, 3, *size)).isfinite().all()
+
+
+def test_set_num_patches_equals_creation_and_goes_back():
+    model = create(dynamic_img_size=False)
+    other = timm.create_model('test_apvit', dynamic_img_size=False, num_patches=[4, 6]).eval()
+    other.load_state_dict(model.state_dict())
+    image = torch.randn(1, 3, 160, 160)
+    before = model(image)
+    model.set_num_patches((4, 6))
+    torch.testing.assert_close(model(image), other(image), rtol=0, atol=0)
+    model.set_num_patches(None)
+    torch.testing.assert_close(model(image), before, rtol=0, atol=0)
+
+
+def test_default_number_follows_set_input_size_until_it_is_set():
+    model = create(dynamic_img_size=False)
+    assert model.num_patches == 100
+    model.set_input_size((96, 160))
+    assert model.num_patches == 60
+    model.set_num_patches(7)
+    model.set_input_size((320, 320))
+    assert model.num_patches == 7
+    assert model.pos_embed.shape[1] == 401
+    model.set_input_size(patch_size=(8, 8))
+    assert model(torch.randn(1, 3, 320, 320)).isfinite().all()
+    assert model.patch_embed.patching.patch_size == (8, 8)
+
+
+@pytest.mark.parametrize('bad', [0, -3, 2.5, '16', (0, 4), True])
+def test_rejects_bad_num_patches(bad):
+    message = 'expected num_patches to be an integer >= 1 or'
+    with pytest.raises(ValueError, match=message):
+        timm.create_model('test_apvit', num_patches=bad)
+    model = create(dynamic_img_size=False)
+    with pytest.raises(ValueError, match=message):
+        model.set_num_patches(bad)
+    assert model.num_patches == 100
+
+
+@pytest.mark.parametrize(
+    ('kwargs', 'message'),
+    [
+        ({'transform': 'warp'}, r"expected transform to be one of translation, .*, got 'warp'"),
+        ({'max_zoom': 0.5}, 'expected max_zoom'),
+        ({'max_shift': -1}, 'expected max_shift'),
+        ({'max_rotation': 200}, 'expected max_rotation'),
+        ({'jitter': -1}, 'expected jitter'),
+        ({'img_size': 8}, 'expected img_size to be at least the patch size'),
+    ],
+)
+def test_rejects_bad_arguments(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        timm.create_model('test_apvit', **kwargs)
+
+
+def test_rejects_unknown_argument():
+    with pytest.raises(TypeError, match='num_patchs'):
+        timm.create_model('test_apvit', num_patchs=4)
+
+
+@pytest.mark.parametrize('shape', [(3, 160, 160), (1, 1, 160, 160), (1, 4, 160, 160)])
+def test_rejects_bad_image_shapes(shape):
+    with pytest.raises(ValueError, match=r'expected an image of shape \(B, 3, H, W\), got'):
+        create()(torch.randn(*shape))
+
+
+def test_rejects_integer_images():
+    with pytest.raises(ValueError, match=r'floating-point image, got dtype torch\.uint8'):
+        create()(torch.zeros(1, 3, 160, 160, dtype=torch.uint8))
+
+
+def test_empty_batch_gives_an_empty_result():
+    model = create(num_classes=7, num_patches=5)
+    assert model(torch.zeros(0, 3, 160, 160)).shape == (0, 7)
+
+
+@pytest.mark.parametrize('transform', timm_apvit.TRANSFORMS)
+def test_every_parameter_gets_a_gradient_after_one_step(transform):
+    model = timm.create_model('test_apvit', transform=transform, num_classes=5)
+    optimiser = torch.optim.SGD(model.parameters(), lr=0.1)
+    image, target = torch.randn(4, 3, 160, 160), torch.arange(4)
+    for _ in range(2):
+        optimiser.zero_grad()
+        nn.functional.cross_entropy(model(image), target).backward()
+        optimiser.step()
+    assert [name for name, p in model.named_parameters() if not p.grad.abs().max() > 0] == []
+
+
+def test_results_do_not_depend_on_the_batch():
+    model, image = create(num_patches=20), torch.randn(4, 3, 100, 150)
+    together = model(image)
+    order = torch.tensor([3, 1, 0, 2])
+    torch.testing.assert_close(model(image[order]), together[order], rtol=0, atol=1e-5)
+    torch.testing.assert_close(model(image[2:3]), together[2:3], rtol=0, atol=1e-5)
+
+
+def test_threads_agree_with_one():
+    model, images = create(), torch.randn(8, 1, 3, 96, 128)
+    with torch.no_grad():
+        alone = [model(image) for image in images]
+        with ThreadPoolExecutor(4) as pool:
+            together = list(pool.map(torch.no_grad()(model), images))
+    torch.testing.assert_close(together, alone, rtol=0, atol=0)
+
+
+def test_train_mode_with_jitter_is_random_and_eval_is_not():
+    model, image = create(jitter=0.5), torch.randn(1, 3, 160, 160)
+    torch.testing.assert_close(model(image), model(image), rtol=0, atol=0)
+    model.train()
+    assert not torch.equal(model(image), model(image))
+
+
+@pytest.mark.parametrize(
+    'kwargs',
+    [
+        {'in_chans': 1},
+        {'in_chans': 5},
+        {'num_classes': 0},
+        {'patch_size': 32},
+        {'patch_size': (8, 16)},
+        {'img_size': (64, 96)},
+        {'global_pool': 'avg'},
+        {'global_pool': 'avgmax'},
+        {'global_pool': 'map'},
+        {'global_pool': ''},
+        {'class_token': False, 'global_pool': 'avg'},
+        {'reg_tokens': 4},
+        {'reg_tokens': 4, 'no_embed_class': True},
+        {'no_embed_class': True},
+        {'pre_norm': True},
+        {'init_values': 1e-2},
+        {'pos_embed': 'none'},
+        {'pos_embed': 'none', 'class_token': False, 'global_pool': 'avg'},
+        {'qk_norm': True},
+        {'final_norm': False},
+        {'embed_norm_layer': nn.LayerNorm},
+        {'dynamic_img_size': True, 'in_chans': 2},
+        {'drop_path_rate': 0.2, 'drop_rate': 0.1, 'pos_drop_rate': 0.1, 'patch_drop_rate': 0.3},
+    ],
+    ids=str,
+)
+def test_every_option_of_timm_equals_the_vit(kwargs):
+    kwargs = {'dynamic_img_size': False, 'img_size': 96, **kwargs}
+    vit, model = vit_and_apvit('test_vit', 'test_apvit', **kwargs)
+    image = torch.randn(2, kwargs.get('in_chans', 3), *vit.patch_embed.img_size)
+    assert relative(model(image) - vit(image), vit(image)) <= 1e-4
+    model.train()(image).sum().backward()
+
+
+@pytest.mark.parametrize('mode', ['', 'jax', 'jax_nlhb', 'moco', 'skip', 'reset'])
+def test_identity_after_every_weight_initialisation(mode):
+    model = timm.create_model('test_apvit', weight_init=mode)
+    assert {p.abs().max().item() for n, p in model.named_parameters() if 'localizer.head' in n} == {0.0}
+    model.init_weights()
+    assert {p.abs().max().item() for n, p in model.named_parameters() if 'geometry_embed' in n} == {0.0}
+
+
+def test_device_meta_then_to_empty():
+    model = timm.create_model('test_apvit', device='meta', num_patches=7)
+    assert model(torch.empty(2, 3, 50, 70, device='meta')).shape == (2, 1000)
+    model = model.to_empty(device='cpu')
+    source = create(num_patches=7)
+    model.load_state_dict(source.state_dict())
+    image = torch.randn(1, 3, 50, 70)
+    torch.testing.assert_close(model.eval()(image), source(image), rtol=0, atol=0)
+    assert not list(model.buffers())
+
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16, torch.float64])
+def test_dtype_argument(dtype):
+    model = timm.create_model('test_apvit', dtype=dtype)
+    assert {p.dtype for p in model.parameters()} == {dtype}
+    assert model(torch.randn(1, 3, 160, 160, dtype=dtype)).dtype == dtype
+
+
+def test_reset_classifier_attention_mask_and_checkpointing():
+    vit, model = vit_and_apvit('test_vit', 'test_apvit')
+    image = torch.randn(2, 3, 160, 160)
+    mask = torch.ones(101, 101, dtype=torch.bool).tril()
+    for options in ({'attn_mask': mask}, {'is_causal': True}):
+        torch.testing.assert_close(model(image, **options), vit(image, **options), rtol=0, atol=1e-3)
+    plain = model(image)
+    model.set_grad_checkpointing()
+    torch.testing.assert_close(model.train()(image), plain, rtol=0, atol=1e-5)
+    model.reset_classifier(3, 'avg')
+    assert model(image).shape == (2, 3)
+
+
+def test_layer_decay_gives_what_a_vit_does_not_have_the_full_rate():
+    model = timm.create_model('apvit_tiny')
+    for groups in (
+        param_groups_layer_decay(model, layer_decay=0.5),
+        create_optimizer_v2(model, opt='adamw', lr=1.0, layer_decay=0.5).param_groups,
+    ):
+        scale = {id(p): group['lr_scale'] for group in groups for p in group['params']}
+        named = {name: scale[id(p)] for name, p in model.named_parameters()}
+        adaptive = {s for n, s in named.items() if 'patching' in n or 'geometry_embed' in n}
+        assert adaptive == {1.0} == {named['head.weight']}
+        assert named['patch_embed.proj.weight'] == named['pos_embed'] == min(named.values()) < 0.001
+    assert {'pos_embed', 'cls_token'} <= model.no_weight_decay()
+
+
+def test_copies_and_pickles():
+    model, image = create(num_patches=11), torch.randn(1, 3, 64, 64)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        torch.testing.assert_close(twin(image), model(image), rtol=0, atol=0)
+        assert twin.num_patches == 11
+        twin.load_state_dict(timm.create_model('test_vit').state_dict())
+
+
+def test_a_plain_vits_state_loads_strictly_and_any_other_fails_by_name():
+    model, vit = create(), randomise(timm.create_model('test_vit'))
+    head = model.patch_embed.patching.localizer.head['shift'].weight.clone()
+    model.load_state_dict(vit.state_dict())
+    torch.testing.assert_close(model.patch_embed.patching.localizer.head['shift'].weight, head)
+    state = vit.state_dict()
+    del state['blocks.3.attn.qkv.weight']
+    with pytest.raises(RuntimeError, match=r'blocks\.3\.attn\.qkv\.weight'):
+        model.load_state_dict(state)
+    state = model.state_dict()
+    del state['patch_embed.patching.localizer.stem.0.0.weight']
+    with pytest.raises(RuntimeError, match=r'localizer\.stem\.0\.0\.weight'):
+        model.load_state_dict(state)
+
+
+def test_no_state_is_left_by_a_forward():
+    model, image = create(), torch.randn(1, 3, 64, 96)
+    before = {name: set(vars(module)) for name, module in model.named_modules()}
+    model(image)
+    assert {name: set(vars(module)) for name, module in model.named_modules()} == before

@@ -1,0 +1,90 @@
+"""Checkpoints: what fits a model is adapted to it, and anything else is refused by the names of its keys."""
+
+import re
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from timm.models import adapt_input_conv
+from timm.models.vision_transformer import checkpoint_filter_fn as vit_checkpoint_filter_fn
+from torch import Tensor, nn
+
+from timm_apvit.patch_embed import complete_state_dict
+
+if TYPE_CHECKING:
+    from timm_apvit.vision_transformer import APViT
+
+_PROJECTION = 'patch_embed.proj.weight'
+_STEM = 'patch_embed.patching.localizer.stem.0.0.weight'
+_HEAD = {'head.weight', 'head.bias'}
+
+
+def checkpoint_filter_fn(state_dict: dict[str, Any], model: 'APViT') -> dict[str, Any]:
+    """Fit a checkpoint of a ViT or an APViT to a model, and refuse any other by the names of its keys.
+
+    timm's own filter converts foreign layouts and resamples the position embedding. timm then loads leniently
+    whenever the number of classes differs or ``features_only`` is set, and a wrong file would pass unnoticed: so keys
+    are compared here, in every mode.
+
+    Raises:
+        ValueError: keys are missing or unexpected, or a first convolution has other input channels than 3 or the
+            model's.
+    """
+    fitted: dict[str, Any] = vit_checkpoint_filter_fn(state_dict, model)
+    _fit_channels(fitted, model)
+    complete_state_dict(model.patch_embed, fitted, 'patch_embed.')
+
+    # timm's strict mode compares the classifier, and drops it where the number of classes differs.
+    missing = model.state_dict().keys() - fitted.keys() - _HEAD
+    unexpected = fitted.keys() - model.state_dict().keys() - _HEAD
+    if not isinstance(model.fc_norm, nn.Identity):
+        # Average pooling has its norm after the pool; as in timm, that norm starts afresh from a ViT that pools its
+        # class token.
+        missing -= {'fc_norm.weight', 'fc_norm.bias'} if unexpected & {'norm.weight'} else set()
+        unexpected -= {'norm.weight', 'norm.bias'}
+    if model.attn_pool is None:
+        unexpected = {key for key in unexpected if not key.startswith('attn_pool.')}
+    if missing or unexpected:
+        raise ValueError(
+            f'expected a checkpoint of a ViT or an APViT that fits this {type(model).__name__}; '
+            f'missing keys: {_listed(missing)}; unexpected keys: {_listed(unexpected)}'
+        )
+    return fitted
+
+
+def _fit_channels(state_dict: dict[str, Tensor], model: 'APViT') -> None:
+    """Adapt the localisation network's first convolution from 3 channels, as timm adapts the projection."""
+    in_chans = model.patch_embed.patching.in_chans
+    for key in (_PROJECTION, _STEM):
+        weight = state_dict.get(key)
+        if weight is not None and weight.shape[1] not in (3, in_chans):
+            raise ValueError(f'expected {key} of 3 or {in_chans} input channels, got {list(weight.shape)}')
+    if _PROJECTION in state_dict and state_dict[_PROJECTION].shape[1] == in_chans != 3:
+        # timm < 1.0.31 takes any first convolution for one of 3 channels and drops weights that it cannot convert.
+        model.pretrained_cfg['first_conv'] = None
+    if _STEM in state_dict and state_dict[_STEM].shape[1] != in_chans:
+        state_dict[_STEM] = adapt_input_conv(in_chans, state_dict[_STEM])
+
+
+def check_npz(path: str, model: 'APViT') -> None:
+    """Refuse a JAX checkpoint (.npz) of another size, which timm's reader would skip or broadcast in part.
+
+    Raises:
+        ValueError: blocks beyond the model's depth, norms of another width, or other classes than it was trained for.
+    """
+    with np.load(path, allow_pickle=False) as arrays:
+        for name in arrays.files:
+            block = re.search(r'encoderblock_(\d+)/', name)
+            if block and int(block[1]) >= len(model.blocks):
+                raise ValueError(f'expected {len(model.blocks)} blocks, got {name}')
+            if '/LayerNorm_' in name and arrays[name].shape[-1] != model.embed_dim:
+                raise ValueError(f'expected {name} of width {model.embed_dim}, got {list(arrays[name].shape)}')
+            trained_for_these = model.num_classes == model.pretrained_cfg.get('num_classes')
+            if name.endswith('head/bias') and trained_for_these and arrays[name].shape[-1] != model.num_classes:
+                raise ValueError(f'expected {name} of {model.num_classes} classes, got {list(arrays[name].shape)}')
+
+
+def _listed(keys: set[str], most: int = 5) -> str:
+    """Name the first few keys."""
+    names = sorted(keys)
+    more = f' and {len(names) - most} more' if len(names) > most else ''
+    return (', '.join(names[:most]) + more) or 'none'
