@@ -1,14 +1,16 @@
 """Adaptive patching and its localisation network, standing alone."""
 
 import copy
+import inspect
 
 import pytest
 import torch
 from conftest import move_patches
 from torch import nn
 
-from timm_apvit import TRANSFORMS, AdaptivePatching, interpolate_pos_embed
+from timm_apvit import TRANSFORMS, AdaptivePatching, APViT, interpolate_pos_embed
 from timm_apvit.localizer import Localizer, ZeroLinear
+from timm_apvit.transforms import PatchTransform
 
 
 @pytest.mark.parametrize('transform', TRANSFORMS)
@@ -128,12 +130,34 @@ def test_rejects_bad_images_and_arguments():
     ]:
         with pytest.raises(ValueError, match=message):
             patching(image)
-    for bad in (-0.1, float('nan'), '0.1', True):
-        with pytest.raises(ValueError, match='expected jitter to be a finite number >= 0'):
+    for bad in (-0.1, float('nan'), '0.1', True, [1]):
+        with pytest.raises(ValueError, match='expected jitter to be a finite number within'):
             AdaptivePatching(jitter=bad)
     for bad in (0, -4, 2.5, (4,), (4, 0), True):
         with pytest.raises(ValueError, match='expected patch_size to be'):
             AdaptivePatching(patch_size=bad)
+
+
+def test_set_num_patches_and_layout():
+    patching, image = AdaptivePatching(8, 4), torch.rand(1, 3, 32, 32)
+    patching.set_num_patches((2, 5))
+    assert patching(image)[0].shape[1] == 10
+    assert patching(image, layout=(7, 2))[0].shape[1] == 7
+    with pytest.raises(ValueError, match=r'expected a layout \(N, rows\) with 1 <= rows <= N, got \(3, 7\)'):
+        patching(image, layout=(3, 7))
+    with pytest.raises(ValueError, match='expected num_patches'):
+        patching.set_num_patches(0)
+
+
+def test_defaults_of_the_bounds_agree():
+    shared = {'transform', 'jitter', 'max_shift', 'max_zoom', 'max_rotation', 'max_shear'}
+    defaults = [
+        {name: p.default for name, p in inspect.signature(each).parameters.items() if name in shared}
+        for each in (AdaptivePatching, APViT)
+    ]
+    assert defaults[0] == defaults[1]
+    own = {name: p.default for name, p in inspect.signature(PatchTransform).parameters.items()}
+    assert own == {'name': defaults[0]['transform'], **{n: v for n, v in defaults[0].items() if n.startswith('max_')}}
 
 
 def test_localizer_parameters_know_neither_patches_nor_image():

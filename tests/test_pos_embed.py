@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from timm_apvit import interpolate_pos_embed
+from timm_apvit import interpolate_pos_embed, resample_pos_embed
 from timm_apvit.coords import anchors
 
 CPU = torch.device('cpu')
@@ -61,3 +61,29 @@ def test_rejects_a_grid_that_does_not_fit():
         ValueError, match=r'shape \(1, 197, D\) for 1 prefix tokens and a 14 x 14 grid, got \[1, 196, 8\]'
     ):
         interpolate_pos_embed(torch.zeros(1, 196, 8), torch.zeros(1, 2, 2), (14, 14), 1)
+
+
+def test_nan_positions_give_nan():
+    read = interpolate_pos_embed(torch.ones(1, 12, 2), torch.tensor([[[float('nan'), 0.0], [0.0, 0.0]]]), (3, 4))
+    assert read.isnan().tolist() == [[[True, True], [False, False]]]
+
+
+@pytest.mark.parametrize(
+    ('old', 'new'), [((14, 14), (7, 7)), ((4, 16), (8, 8)), ((8, 8), (4, 16)), ((16, 16), (20, 5))]
+    """Of an embedding that holds each cell's coordinates, every cell of the new grid gets its own."""
+def test_resampling_keeps_smooth_functions_and_prefix_tokens(old, new):
+    """Of an embedding that holds each cell's coordinates, every cell of the new grid gets its own, same count or not."""
+    own, _ = anchors((old[0] * old[1], old[0]), CPU)
+    expected, _ = anchors((new[0] * new[1], new[0]), CPU)
+    resampled = resample_pos_embed(torch.cat([torch.full((1, 1, 2), 9.0), own[None]], dim=1), old, new, 1)
+    inner = (expected.abs() < 0.7).all(dim=-1)
+    torch.testing.assert_close(resampled[0, 1:][inner], expected[inner], rtol=0, atol=0.05)
+    assert resampled[0, 0].tolist() == [9.0, 9.0]
+
+
+def test_resampling_is_timms():
+    timm_layers = pytest.importorskip('timm.layers')
+    pos_embed = torch.randn(1, 1 + 196, 8)
+    expected = timm_layers.resample_abs_pos_embed(pos_embed, [9, 5], old_size=[14, 14])
+    torch.testing.assert_close(resample_pos_embed(pos_embed, (14, 14), (9, 5), 1), expected, rtol=0, atol=1e-6)
+    assert resample_pos_embed(pos_embed, (14, 14), (14, 14), 1) is pos_embed

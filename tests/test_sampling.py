@@ -120,22 +120,19 @@ def test_antialiasing_against_the_true_area_average(photographs, average, scale,
     assert ratio <= limit, f'{ratio:.3f} of the error of bilinear sampling'
 
 
-@pytest.mark.parametrize('size', [(95, 95), (97, 211), (33, 7), (5, 1)])
-@pytest.mark.parametrize('level', [1, 2, 3, 4, 5])
+@pytest.mark.parametrize('size', [(95, 95), (97, 211), (261, 131), (255, 257)])
+@pytest.mark.parametrize('level', [1, 2, 3, 4])
 def test_no_level_drifts_on_odd_sides(size, level):
-    """A linear ramp read at any level is the ramp itself, away from the border."""
-    ramp = torch.arange(size[1]).float() + 0.5 + 1000 * (torch.arange(size[0]).float()[:, None] + 0.5)
+    """Each coordinate, drawn as an image and read at any level, is where it was read."""
+    x, y = torch.meshgrid(torch.arange(size[1]) + 0.5, torch.arange(size[0]) + 0.5, indexing='xy')
     margin = 2.0 ** (level + 1)
     low, high = torch.full((2,), margin), torch.tensor([size[1], size[0]]) - margin
-    pixels = low + torch.rand(1, 40, 1, 1, 2) * (high - low).clamp(min=0)
-    inside = (high > low).float()
+    assert (high > low).all()
+    pixels = low + torch.rand(1, 40, 1, 1, 2) * (high - low)
     points = pixels / torch.tensor([size[1], size[0]]) * 2 - 1
     step = 2.0 ** (level + 0.5)  # read half a level below its log2
-    sampled = sample_patches(ramp[None, None], points, torch.full((1, 40), step), 64.0).flatten()
-    expected = pixels[0, :, 0, 0] @ torch.tensor([1.0, 1000.0])
-    if inside.all():
-        torch.testing.assert_close(sampled, expected, rtol=1e-5, atol=0.05)
-    assert sampled.isfinite().all()
+    sampled = sample_patches(torch.stack([x, y])[None], points, torch.full((1, 40), step), 64.0)
+    torch.testing.assert_close(sampled[0, :, :, 0, 0], pixels[0, :, 0, 0], rtol=0, atol=1e-2)
 
 
 @pytest.mark.parametrize('size', [(1, 1), (1, 9), (6, 5), (16, 16), (23, 64)])
@@ -187,6 +184,7 @@ def test_atlas_grows_the_image_by_half_at_most():
     atlas, width = mip_atlas(image, 4)
     assert width == 224
     assert atlas.shape == (1, 3, 336, 224)
+    assert mip_atlas(torch.zeros(1, 1, 3, 1000), 11)[0].shape == (1, 1, 5, 1024)
 
 
 @pytest.mark.parametrize('bound', [1.0, 2.5, 16.0])

@@ -12,6 +12,7 @@ from timm.optim import create_optimizer_v2, param_groups_layer_decay
 from torch import nn
 
 import timm_apvit
+from timm_apvit.coords import anchors
 
 BUDGETS = [1, 2, 7, 49, 97, 98, 196, 400]
 SIZES = [(97, 211), (224, 224), (512, 384), (1024, 1024), (1, 1)]
@@ -57,6 +58,19 @@ def test_set_num_patches_equals_creation_and_goes_back():
     torch.testing.assert_close(model(image), other(image), rtol=0, atol=0)
     model.set_num_patches(None)
     torch.testing.assert_close(model(image), before, rtol=0, atol=0)
+
+
+def test_same_count_in_another_shape_reads_the_same_places():
+    """The embedding of a 4 x 16 grid holds its coordinates; an 8 x 8 grid of as many patches reads its own."""
+    model = timm.create_model('test_apvit', dynamic_img_size=False, img_size=(64, 256), num_patches=(8, 8))
+    centres, _ = anchors((64, 4), torch.device('cpu'))
+    with torch.no_grad():
+        model.pos_embed.zero_()[0, 1:, :2] = centres
+        tokens = model.patch_embed(torch.zeros(1, 3, 64, 256))
+        model.cls_token.zero_()
+        position = model._pos_embed(tokens._replace(tokens=torch.zeros_like(tokens.tokens)))[0, 1:, :2]
+    inner = (tokens.geometry.centres[0].abs() < 0.7).all(dim=-1)
+    torch.testing.assert_close(position[inner], tokens.geometry.centres[0][inner], rtol=0, atol=0.05)
 
 
 def test_default_number_follows_set_input_size_until_it_is_set():
@@ -200,6 +214,41 @@ def test_identity_after_every_weight_initialisation(mode):
     assert {p.abs().max().item() for n, p in model.named_parameters() if 'localizer.head' in n} == {0.0}
     model.init_weights()
     assert {p.abs().max().item() for n, p in model.named_parameters() if 'geometry_embed' in n} == {0.0}
+
+
+@pytest.mark.parametrize('mode', ['', 'jax', 'moco', 'skip'])
+def test_localizer_is_initialised_alike_in_every_mode(mode):
+    model = timm.create_model('test_apvit', weight_init=mode)
+    alone = timm_apvit.AdaptivePatching()
+    stds = [patching.localizer.mlp[1].weight.std().item() for patching in (model.patch_embed.patching, alone)]
+    assert stds[0] == pytest.approx(stds[1], rel=0.1)
+
+
+def test_geometry_of_a_padded_image_is_that_of_the_image():
+    model = timm.create_model('test_apvit', dynamic_img_pad=True)
+    geometry = model.patch_geometry(torch.zeros(1, 3, 65, 40))
+    size = torch.tensor([40.0, 65.0])
+    corners = (geometry.outlines()[0] + 1) / 2 * size  # pixels: 5 x 3 patches of 16, which reach beyond the image
+    torch.testing.assert_close(corners[0, 2], torch.tensor([16.0, 16.0]))
+    torch.testing.assert_close(corners[-1, 2], torch.tensor([48.0, 80.0]))
+    torch.testing.assert_close(geometry.extents[0, 0] * size, torch.tensor([16.0, 16.0]))
+
+
+@pytest.mark.parametrize('num', [None, 7])
+def test_compiles_without_a_graph_break_and_exports(num):
+    model, image = create(num_patches=num, num_classes=5), torch.randn(2, 3, 96, 96)
+    compiled = torch.compile(model, fullgraph=True, backend='aot_eager')
+    expected, actual = model(image), compiled(image)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5)
+    gradients = []
+    for output in (expected, actual):
+        model.zero_grad()
+        output.square().sum().backward()
+        gradients.append([p.grad.clone() for p in model.parameters()])
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-3, atol=1e-4)
+    program = torch.export.export(model, (image,), dynamic_shapes=({0: torch.export.Dim('batch')},))
+    other = torch.randn(3, 3, 96, 96)
+    torch.testing.assert_close(program.module()(other), model(other), rtol=0, atol=1e-5)
 
 
 def test_device_meta_then_to_empty():

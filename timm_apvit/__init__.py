@@ -1,18 +1,18 @@
 """Adaptive-patching Vision Transformers for timm.
 
-Importing this package registers ``apvit_tiny``, ``apvit_small``, ``apvit_base`` and ``apvit_large`` with timm, and
-does nothing else. `AdaptivePatching` and `interpolate_pos_embed` stand alone, for other ViTs.
+Importing this package registers ``apvit_tiny``, ``apvit_small``, ``apvit_base``, ``apvit_large`` and, for tests,
+``test_apvit`` with timm, and does nothing else. `AdaptivePatching`, `interpolate_pos_embed` and `resample_pos_embed`
+stand alone, for other ViTs.
 
-Shapes: ``B`` batch, ``C`` channels, ``H, W`` image pixels, ``gh, gw`` grid, ``N`` patches, ``P`` (``P_h, P_w``)
-    samples along a
-patch's side, ``D`` embedding width, ``T`` prefix tokens. Points are (x, y) in [-1, 1] over pixel edges, sizes are (h,
-w).
+Shapes: ``B`` batch, ``C`` channels, ``H, W`` image pixels, ``gh, gw`` grid, ``N`` patches, ``R`` rows of anchors, ``P``
+(``P_h, P_w``) samples along a patch's side, ``D`` embedding width, ``T`` prefix tokens. Points are (x, y) in [-1, 1]
+over pixel edges, sizes are (h, w).
 """
 
 from timm_apvit.apvit import vit_name
 from timm_apvit.hub import save_pretrained
 from timm_apvit.patching import AdaptivePatching
-from timm_apvit.pos_embed import interpolate_pos_embed
+from timm_apvit.pos_embed import interpolate_pos_embed, resample_pos_embed
 from timm_apvit.transforms import TRANSFORMS, PatchGeometry
 from timm_apvit.vision_transformer import APViT
 
@@ -25,6 +25,7 @@ __all__ = [
     'PatchGeometry',
     '__version__',
     'interpolate_pos_embed',
+    'resample_pos_embed',
     'save_pretrained',
     'vit_name',
 ]

@@ -1,7 +1,7 @@
 """Checkpoints that survive an interruption at any instant.
 
-A version is written completely under a temporary name, flushed to disk and renamed; then the links ``last`` and ``best`` are
-swapped, each atomically. Whoever follows a link always finds a whole version.
+A version is written completely under a temporary name, flushed to disk and renamed; then the links ``last`` and
+``best`` are swapped, each atomically. Whoever follows a link always finds a whole version.
 """
 
 import json
@@ -23,8 +23,8 @@ STATE_FILE = 'training.pt'
 class CheckpointStore:
     """Versioned checkpoints of one training in a directory, with links to the last and the best of them.
 
-    ``directory/checkpoints/epoch-0003/`` holds a version, ``directory/last`` and ``directory/best`` are links to versions. What
-    no link names is removed.
+    ``directory/checkpoints/epoch-0003/`` holds a version, ``directory/last`` and ``directory/best`` link to versions.
+    What no link names is removed.
 
     Args:
         directory: exists.
@@ -55,8 +55,15 @@ class CheckpointStore:
         unfinished.rename(self.versions / name)
         _flush(self.versions)
         self._link(LAST, name)
-        self._link(BEST, best)
-        self._prune()
+        self.mark_best(best)
+
+    def mark_best(self, name: str) -> None:
+        """Let ``best`` name a version, and remove the versions that no link names."""
+        self._link(BEST, name)
+        linked = {(self.directory / link).readlink().name for link in (LAST, BEST)}
+        for path in self.versions.iterdir():
+            if path.name not in linked:
+                _remove(path)
 
     def load(self) -> dict[str, Any] | None:
         """Load the state of the last version; None: nothing was saved yet.
@@ -71,7 +78,7 @@ class CheckpointStore:
             state: dict[str, Any] = torch.load(path, map_location='cpu', weights_only=True)
         # A damaged file fails in many ways: OSError, EOFError, RuntimeError, pickle.UnpicklingError, KeyError.
         except Exception as error:
-            raise ValueError(f'expected the state of a training, got a damaged file: {path}: {_first_line(error)}') from error
+            raise ValueError(f'expected a readable state, got a damaged {path}: {first_line(error)}') from error
         return state
 
     def _link(self, link: str, name: str) -> None:
@@ -81,13 +88,6 @@ class CheckpointStore:
         swapped.symlink_to(Path(VERSIONS, name), target_is_directory=True)
         swapped.replace(self.directory / link)
         _flush(self.directory)
-
-    def _prune(self) -> None:
-        """Remove the versions that no link names, and what an interrupted save left."""
-        linked = {(self.directory / link).readlink().name for link in (LAST, BEST)}
-        for path in self.versions.iterdir():
-            if path.name not in linked:
-                _remove(path)
 
 
 def create_run(directory: Path, options: dict[str, Any]) -> None:
@@ -106,7 +106,7 @@ def check_vacant(directory: Path) -> None:
     if directory.is_dir() and not any(directory.iterdir()):
         return
     if os.path.lexists(directory):
-        raise FileExistsError(f'expected an output folder that does not exist yet, got {str(directory)!r}; --resume continues it')
+        raise FileExistsError(f'expected an output folder that does not exist yet, got {str(directory)!r}')
 
 
 def read_options(directory: Path) -> dict[str, Any]:
@@ -122,7 +122,7 @@ def read_options(directory: Path) -> dict[str, Any]:
     try:
         options = json.loads(path.read_text())
     except ValueError as error:
-        raise ValueError(f'expected the options of a run in {path}, got a damaged file: {_first_line(error)}') from error
+        raise ValueError(f'expected the options of a run, got a damaged {path}: {first_line(error)}') from error
     if not isinstance(options, dict):
         raise ValueError(f'expected the options of a run in {path}, got {type(options).__name__}')
     return options
@@ -170,5 +170,6 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its name."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -7,9 +7,10 @@ Convention:
 """
 
 import math
+import numbers
 import operator
 from collections.abc import Sequence
-from typing import Any, Optional, Union
+from typing import Any, Union
 
 import torch
 from torch import Tensor
@@ -20,6 +21,11 @@ NumPatches = Union[int, Sequence[int]]
 def cell_centres(index: Tensor, count: Tensor) -> Tensor:
     """Centre of cell ``index`` among ``count`` equal cells of [-1, 1]; the shapes broadcast."""
     return (2 * index + 1) / count - 1
+
+
+def cell_index(coordinate: Tensor, count: int) -> Tensor:
+    """Inverse of `cell_centres`: the fractional index of a normalised coordinate among ``count`` cells; any shape."""
+    return (coordinate + 1) * (count / 2) - 0.5
 
 
 def sample_grid(patch_size: tuple[int, int], device: torch.device) -> Tensor:
@@ -75,7 +81,7 @@ def resolve_layout(num_patches: NumPatches, base_grid: tuple[int, int]) -> tuple
     return wanted, max(1, min(wanted, round(math.sqrt(wanted * base_grid[0] / base_grid[1]))))
 
 
-def check_num_patches(num_patches: Optional[NumPatches]) -> Union[int, tuple[int, int]]:
+def check_num_patches(num_patches: NumPatches) -> Union[int, tuple[int, int]]:
     """Return ``num_patches`` as an int or a tuple ``(gh, gw)`` of ints.
 
     Raises:
@@ -92,6 +98,17 @@ def check_patch_size(patch_size: Union[int, Sequence[int]]) -> tuple[int, int]:
     """
     sizes = _check_counts('patch_size', 'P_h, P_w', patch_size)
     return (sizes, sizes) if isinstance(sizes, int) else sizes
+
+
+def check_number(name: str, value: float, low: float, high: float = math.inf) -> float:
+    """Return a finite number within [``low``, ``high``] as a float.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not low <= value <= high or value == math.inf:
+        raise ValueError(f'expected {name} to be a finite number within [{low}, {high}], got {value!r}')
+    return float(value)
 
 
 def _check_counts(name: str, pair: str, given: Any) -> Union[int, tuple[int, int]]:

@@ -1,20 +1,17 @@
-"""Images to fine-tune on: a folder of images, or the real digits embedded in scikit-learn.
+"""Images to fine-tune on: samples, batches, and folders of images.
 
-Every training sample is a function of (seed, epoch, index) and of nothing else, so that neither the number of workers nor
-an interruption changes what a model sees.
+Every training sample is a function of (seed, epoch, index) and of nothing else, so that neither the number of workers
+nor an interruption changes what a model sees.
 """
 
-import math
 import random
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from PIL import Image
 from timm.data import create_dataset, create_transform
 from torch import Tensor
@@ -24,9 +21,6 @@ TRAIN_FOLDERS = ('train', 'training')
 TEST_FOLDERS = ('val', 'validation', 'valid', 'test', 'eval')
 # Up to this many images are decoded before training starts; of more, only the headers are read.
 MAX_DECODED = 20_000
-# The test digits are the same whatever the seed of a run, so that no run is selected on digits another was trained on.
-SPLIT_SEED = 0
-TEST_FRACTION = 0.2
 
 
 class Splits(NamedTuple):
@@ -68,8 +62,8 @@ class Samples(Dataset[tuple[Tensor, int]]):
 class SeededSamples(Samples):
     """The samples of another dataset, each transformed under a seed of its own.
 
-    The random transforms of torchvision and timm draw from global generators, whose state depends on the worker and on what
-    it loaded before. Here those generators are seeded by (seed, epoch, index) around each sample and put back afterwards.
+    The random transforms of torchvision and timm draw from global generators, whose state depends on the worker and on
+    what it loaded before. Here those generators are seeded by (seed, epoch, index) around each sample and put back.
     """
 
     def __init__(self, dataset: Any, seed: int) -> None:
@@ -100,7 +94,7 @@ def create_batches(
     workers: int = 0,
     pin_memory: bool = False,
 ) -> DataLoader[tuple[Tensor, int]]:
-    """Load one epoch of batches: ``(B, C, H, W)``, ``(B,)``; the order is a function of the samples' seed and the epoch.
+    """Load one epoch of batches: ``(B, C, H, W)``, ``(B,)``, in an order of its own if shuffled.
 
     A last, smaller batch is dropped when shuffling, unless it is the only one.
     """
@@ -116,7 +110,31 @@ def create_batches(
     )
 
 
-# ----- a folder of images
+class ImageFiles(Dataset[tuple[Any, int]]):
+    """Image files and their labels: ``files[index]`` -> transformed image, label.
+
+    Lists what timm's own dataset lists. That one leaves files open, and replaces a broken image by its neighbour.
+
+    Args:
+        folder: one sub-folder per class.
+        mode: Pillow's, ``'RGB'`` or ``'L'``.
+        class_to_idx: numbers of the classes; default: in order of their names.
+    """
+
+    def __init__(self, folder: Path, mode: str, class_to_idx: dict[str, int] | None = None) -> None:
+        reader: Any = create_dataset('', root=str(folder), search_split=False, class_map=class_to_idx).reader
+        self.samples: list[tuple[str, int]] = reader.samples
+        self.class_to_idx: dict[str, int] = reader.class_to_idx
+        self.mode = mode
+        self.transform: Any = None
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        path, label = self.samples[index]
+        with Image.open(path) as image:
+            return self.transform(image.convert(self.mode)), label
 
 
 def load_folder(
@@ -142,12 +160,12 @@ def load_folder(
     if mode is None:
         raise ValueError(f'expected in_chans of 1 or 3 for image files, got {data_config["input_size"][0]}')
     train = _read_split(train_folder, mode)
-    test = _read_split(test_folder, mode, train.reader.class_to_idx)
-    _check_images([*train.filenames(absolute=True), *test.filenames(absolute=True)], workers)
+    test = _read_split(test_folder, mode, train.class_to_idx)
+    _check_images([path for path, _ in train.samples + test.samples], workers)
     config = {key: data_config[key] for key in ('input_size', 'interpolation', 'mean', 'std', 'crop_pct', 'crop_mode')}
     train.transform = create_transform(**config, is_training=True, **(augmentation or {}))
     test.transform = create_transform(**config)
-    return Splits(SeededSamples(train, seed), SeededSamples(test, seed), tuple(train.reader.class_to_idx))
+    return Splits(SeededSamples(train, seed), SeededSamples(test, seed), tuple(train.class_to_idx))
 
 
 def _find_split(folder: Path, names: Sequence[str]) -> Path:
@@ -160,20 +178,19 @@ def _find_split(folder: Path, names: Sequence[str]) -> Path:
     raise FileNotFoundError(f'expected a folder named {" or ".join(names)} in {str(folder)!r}, got {held}')
 
 
-def _read_split(folder: Path, mode: str, class_to_idx: dict[str, int] | None = None) -> Any:
-    """List the images of one split as a timm dataset, classes numbered as in ``class_to_idx`` if that is given."""
+def _read_split(folder: Path, mode: str, class_to_idx: dict[str, int] | None = None) -> ImageFiles:
+    """List the images of one split; ``class_to_idx`` are the classes of the training images, if these are others."""
     classes = {path.name for path in folder.iterdir() if path.is_dir()}
     if class_to_idx is not None and (unknown := sorted(classes - set(class_to_idx))):
-        raise ValueError(f'expected the classes of the training images in {str(folder)!r}, got also {", ".join(unknown)}')
+        raise ValueError(f'expected only classes of the training images in {str(folder)!r}, got {", ".join(unknown)}')
     try:
-        dataset = create_dataset('', root=str(folder), search_split=False, input_img_mode=mode, class_map=class_to_idx)
+        files = ImageFiles(folder, mode, class_to_idx)
     except RuntimeError:
         raise ValueError(f'expected folders of images, one for each class, in {str(folder)!r}, got no images') from None
-    counts = np.bincount([label for _, label in dataset.reader.samples], minlength=len(dataset.reader.class_to_idx))
-    if class_to_idx is None and len(counts) < 2:
-        name = next(iter(dataset.reader.class_to_idx))
+    if len(files.class_to_idx) < 2:
+        name = next(iter(files.class_to_idx))
         raise ValueError(f'expected images of at least 2 classes in {str(folder)!r}, got those of {name!r} only')
-    return dataset
+    return files
 
 
 def _check_images(paths: Sequence[str], workers: int) -> None:
@@ -192,109 +209,5 @@ def _check_images(paths: Sequence[str], workers: int) -> None:
         broken = [(path, text) for path, text in zip(paths, pool.map(problem, paths), strict=True) if text]
     if broken:
         path, text = broken[0]
-        others = f' (and {len(broken) - 1} other broken files)' if len(broken) > 1 else ''
+        others = f' (and {len(broken) - 1} more)' if len(broken) > 1 else ''
         raise ValueError(f'expected readable images, got a broken one: {path}: {text}{others}')
-
-
-# ----- embedded digits
-
-
-class ClutteredDigits(Samples):
-    """Real digits at random places and sizes among pieces of other digits: ``digits[index]`` -> ``(C, H, W)``, label.
-
-    The task is to find the one whole digit and to read it. Detail is sparse: the digit covers a few percent of the image, and
-    the pieces around it have its strokes, so that brightness alone does not tell where it is.
-
-    Args:
-        digits: ``(n, 8, 8)`` in [0, 1].
-        labels: ``(n,)``.
-        length: the number of samples of an epoch.
-        seed: of the samples, with the epoch and the index.
-        input_size: C, H and W of an image; the digit is repeated over channels.
-        mean: of each channel, subtracted.
-        std: of each channel, divided by.
-        sides: the smallest and the largest side of a digit, as fractions of the image's shorter side.
-        pieces: the number of pieces of other digits.
-    """
-
-    def __init__(
-        self,
-        digits: NDArray[np.float32],
-        labels: NDArray[np.int64],
-        length: int,
-        seed: int,
-        input_size: tuple[int, int, int],
-        mean: Sequence[float] = (0.5,),
-        std: Sequence[float] = (0.5,),
-        sides: tuple[float, float] = (0.15, 0.35),
-        pieces: int = 10,
-    ) -> None:
-        super().__init__(length, seed)
-        self.digits = digits
-        self.labels = labels
-        self.input_size = input_size
-        channels = input_size[0]
-        self.mean, self.std = (torch.tensor((tuple(v) * channels)[:channels]).view(-1, 1, 1) for v in (mean, std))
-        self.sides = sides
-        self.pieces = pieces
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        rng = np.random.default_rng((self.seed, self.epoch, index))
-        chosen = rng.integers(len(self.digits), size=self.pieces + 1).tolist()
-        # Of each piece: its digit's side, where it is cut out of the digit, where it goes on the canvas.
-        draws = rng.random((self.pieces + 1, 5)).tolist()
-        canvas: NDArray[np.float32] = np.zeros(self.input_size[1:], np.float32)
-        for n, (digit, draw) in enumerate(zip(chosen, draws, strict=True)):
-            whole = n == self.pieces
-            self._paint(canvas, self.digits[digit], draw, cut=1.0 if whole else 0.5)
-        image = torch.from_numpy(canvas).expand(self.input_size)
-        return (image - self.mean) / self.std, int(self.labels[chosen[-1]])
-
-    def _paint(self, canvas: NDArray[np.float32], digit: NDArray[np.float32], draw: list[float], cut: float) -> None:
-        """Paint a window of a digit, ``cut`` of its side, wholly inside the canvas; the brighter of the two stays."""
-        smallest, largest = (limit * min(canvas.shape) for limit in self.sides)
-        side = max(1, round(smallest + draw[0] * (largest - smallest)))
-        window = math.ceil(side * cut)
-        weights = _enlarging_weights(side)
-        top, left = (int(u * (side - window + 1)) for u in draw[1:3])
-        piece = weights[top : top + window] @ digit @ weights[left : left + window].T
-        y, x = (int(u * (length - window + 1)) for u, length in zip(draw[3:5], canvas.shape, strict=True))
-        target = canvas[y : y + window, x : x + window]
-        np.maximum(target, piece, out=target)
-
-
-@lru_cache(maxsize=1024)
-def _enlarging_weights(side: int) -> NDArray[np.float32]:
-    """Interpolate bilinearly from 8 pixels, over pixel edges: ``(side, 8)``."""
-    centres = (np.arange(side) + 0.5) * 8 / side - 0.5
-    return np.stack([np.interp(centres, np.arange(8), row) for row in np.eye(8)], axis=1).astype(np.float32)
-
-
-def load_embedded_digits(
-    seed: int,
-    input_size: tuple[int, int, int],
-    length: int = 8_192,
-    test_length: int = 2_000,
-    mean: Sequence[float] = (0.5,),
-    std: Sequence[float] = (0.5,),
-) -> Splits:
-    """Make cluttered digits out of scikit-learn's 1,797 real ones, a fifth of which are kept for the test.
-
-    Raises:
-        ModuleNotFoundError: scikit-learn is not installed.
-    """
-    try:
-        from sklearn.datasets import load_digits
-    except ModuleNotFoundError:
-        message = "the embedded digits need scikit-learn: pip install 'timm-apvit[finetune]', or give a folder of images"
-        raise ModuleNotFoundError(message) from None
-    digits = load_digits()
-    order = np.random.default_rng(SPLIT_SEED).permutation(len(digits.images))
-    n_test = round(TEST_FRACTION * len(order))
-
-    def split(chosen: NDArray[np.int64], n: int, seed: int) -> ClutteredDigits:
-        images, labels = digits.images[chosen].astype(np.float32) / 16, digits.target[chosen].astype(np.int64)
-        return ClutteredDigits(images, labels, n, seed, input_size, mean, std)
-
-    names = tuple(str(name) for name in digits.target_names)
-    return Splits(split(order[n_test:], length, seed), split(order[:n_test], test_length, SPLIT_SEED), names)

@@ -26,8 +26,7 @@ def splat_weights(geometry: PatchGeometry, grid_size: tuple[int, int]) -> Tensor
     local = inverse[..., 0] * offset[..., :1] + inverse[..., 1] * offset[..., 1:]
     half = (inverse.abs() * cell_extents[:1, None, None, None, :]).sum(dim=-1)
     overlap = (torch.minimum(local + half, torch.ones_like(local)) - (local - half).clamp(min=-1.0)).clamp(min=0.0)
-    covered = overlap[..., 0] * overlap[..., 1] * area.squeeze(-1).transpose(1, 2)
-    covered = covered / (4 * cell_extents[0, 0] * cell_extents[0, 1])  # in cells
+    covered = (overlap / (2 * half)).prod(dim=-1)  # share of the cell
 
     uncovered = 1e-6  # weight of the nearest patches: nothing where a cell is covered, all where it is not
     nearest = torch.softmax(-((offset / cell_extents[:1, None]) ** 2).sum(dim=-1), dim=-1)

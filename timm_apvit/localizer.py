@@ -96,6 +96,17 @@ class Localizer(nn.Module):
         self.mlp = nn.Sequential(nn.GELU(), nn.Linear(width, width, **factory), nn.GELU())
         self.head = nn.ModuleDict({name: ZeroLinear(width, FIELDS[name], **factory) for name in fields})
 
+    @torch.jit.ignore
+    def init_weights(self, needs_reset: bool = True) -> None:
+        """Initialise as PyTorch does, and the heads at zero.
+
+        timm's initialisation of linear layers (standard deviation 0.02) would shrink what the heads see thirtyfold.
+        """
+        for module in self.modules():
+            reset = getattr(module, 'reset_parameters', None)
+            if callable(reset):
+                reset()
+
     def forward(self, image: Tensor, anchor_centres: Tensor, anchor_extents: Tensor) -> dict[str, Tensor]:
         """Predict raw parameters.
 

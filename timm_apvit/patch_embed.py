@@ -25,13 +25,13 @@ class PatchTokens(NamedTuple):
     Attributes:
         tokens: ``(B, N, D)``.
         geometry: where their patches lie.
-        grid_size: ``(gh, gw)`` of the anchors, to which the position embedding is to be resampled before it is read
+        anchor_grid: ``(gh, gw)`` of the anchors, to which the position embedding is to be resampled before it is read
             at the patches' centres: large cells would alias it, as they would alias the image.
     """
 
     tokens: Tensor
     geometry: PatchGeometry
-    grid_size: tuple[int, int]
+    anchor_grid: tuple[int, int]
 
 
 def geometry_features(geometry: PatchGeometry, anchor_centres: Tensor, grid_size: tuple[int, int]) -> Tensor:
@@ -133,6 +133,7 @@ class AdaptivePatchEmbed(PatchEmbed):  # type: ignore[misc]
     def _update_layout(self) -> None:
         base = self.grid_size[0] * self.grid_size[1], self.grid_size[0]
         wanted = base if self.requested is None else resolve_layout(self.requested, self.grid_size)
+        self.patching.layout = wanted
         self.layout = None if self.requested is None and self.follows_input else wanted
 
     @torch.jit.ignore
@@ -152,19 +153,23 @@ class AdaptivePatchEmbed(PatchEmbed):  # type: ignore[misc]
             return math.ceil(img_size[0] / self.patch_size[0]), math.ceil(img_size[1] / self.patch_size[1])
         return max(1, img_size[0] // self.patch_size[0]), max(1, img_size[1] // self.patch_size[1])
 
+    def anchor_layout(self, img_size: tuple[int, int]) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Base grid ``(gh, gw)`` and layout ``(N, rows)`` for an image ``(H, W)``."""
+        layout = self.layout
+        if layout is not None:
+            return (self.grid_size[0], self.grid_size[1]), layout
+        grid = self.dynamic_feat_size(img_size)  # the default number of patches follows the input
+        return grid, (grid[0] * grid[1], grid[0])
+
     def forward(self, x: Tensor) -> PatchTokens:
         """Embed the patches of a batch of images ``(B, C, H, W)``."""
         if self.strict_img_size and (x.shape[-2] != self.img_size[0] or x.shape[-1] != self.img_size[1]):
             raise ValueError(f'expected images of size {self.img_size}, got {list(x.shape)}')
-        layout = self.layout
-        base_grid = (self.grid_size[0], self.grid_size[1])
-        if layout is None:  # the default number of patches follows the input
-            base_grid = self.dynamic_feat_size((x.shape[-2], x.shape[-1]))
-            layout = (base_grid[0] * base_grid[1], base_grid[0])
-            if self.dynamic_img_pad:
-                pad_h = base_grid[0] * self.patch_size[0] - x.shape[-2]
-                pad_w = base_grid[1] * self.patch_size[1] - x.shape[-1]
-                x = F.pad(x, [0, pad_w, 0, pad_h])
+        base_grid, layout = self.anchor_layout((x.shape[-2], x.shape[-1]))
+        if self.layout is None and self.dynamic_img_pad:
+            pad_h = base_grid[0] * self.patch_size[0] - x.shape[-2]
+            pad_w = base_grid[1] * self.patch_size[1] - x.shape[-1]
+            x = F.pad(x, [0, pad_w, 0, pad_h])
 
         patches, geometry = self.patching(x, layout)
         weight = self.proj.weight

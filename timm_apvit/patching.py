@@ -1,12 +1,11 @@
 """Adaptive patching, standing alone: image -> patches and where they were taken."""
 
-import math
 from typing import Any, Optional
 
 import torch
 from torch import Tensor, nn
 
-from timm_apvit.coords import NumPatches, anchors, check_patch_size, resolve_layout, sample_grid
+from timm_apvit.coords import NumPatches, anchors, check_number, check_patch_size, resolve_layout, sample_grid
 from timm_apvit.localizer import Localizer
 from timm_apvit.sampling import sample_patches
 from timm_apvit.transforms import PatchGeometry, PatchTransform, footprint, patch_points
@@ -22,7 +21,7 @@ class AdaptivePatching(nn.Module):
 
     Args:
         patch_size: samples P along a patch's side, or ``(P_h, P_w)``.
-        num_patches: N, or ``(gh, gw)``. N alone is laid out in rows as near to square cells as it goes.
+        num_patches: N, or ``(gh, gw)``. N alone is laid out in about as many rows as columns.
         transform: a key of `TRANSFORMS`: what each patch may do.
         in_chans: image channels C.
         jitter: standard deviation of the noise on the patches' centres in train mode, in units of their own
@@ -59,21 +58,28 @@ class AdaptivePatching(nn.Module):
         dtype: Any = None,
     ) -> None:
         super().__init__()
-        if isinstance(jitter, (str, bool)) or not 0 <= jitter < math.inf:
-            raise ValueError(f'expected jitter to be a finite number >= 0, got {jitter!r}')
         self.patch_size = check_patch_size(patch_size)
-        self.layout = resolve_layout(num_patches, (1, 1))
         self.in_chans = in_chans
-        self.jitter = float(jitter)
+        self.jitter = check_number('jitter', jitter, 0)
+        self.set_num_patches(num_patches)
         self.transform = PatchTransform(transform, max_shift, max_zoom, max_rotation, max_shear)
         self.localizer = Localizer(self.transform.fields, in_chans, device=device, dtype=dtype)
+
+    @torch.jit.ignore
+    def set_num_patches(self, num_patches: NumPatches) -> None:
+        """Take N or ``(gh, gw)`` patches from now on.
+
+        Raises:
+            ValueError: neither an integer >= 1 nor two of them.
+        """
+        self.layout = resolve_layout(num_patches, (1, 1))
 
     def forward(self, image: Tensor, layout: Optional[tuple[int, int]] = None) -> tuple[Tensor, PatchGeometry]:
         """Take the patches of a batch.
 
         Args:
             image: ``(B, C, H, W)``, floating point.
-            layout: ``(N, rows)`` for this call alone (`coords.anchors`); default: that of ``num_patches``.
+            layout: ``(N, rows)`` of the anchors, for this call alone; default: that of ``num_patches``.
 
         Returns:
             Patches ``(B, N, C, P_h, P_w)``, float32, and the geometry of the batch.
@@ -83,6 +89,8 @@ class AdaptivePatching(nn.Module):
         if not image.is_floating_point():
             raise ValueError(f'expected a normalised floating-point image, got dtype {image.dtype}')
         used = self.layout if layout is None else layout
+        if not 1 <= used[1] <= used[0]:
+            raise ValueError(f'expected a layout (N, rows) with 1 <= rows <= N, got ({used[0]}, {used[1]})')
         image_size = (image.shape[2], image.shape[3])
 
         centres, extents = anchors(used, image.device)

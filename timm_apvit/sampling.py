@@ -43,13 +43,13 @@ def _halve(level: Tensor) -> Tensor:
 
 
 def mip_atlas(image: Tensor, num_levels: int) -> tuple[Tensor, int]:
-    """Lay the mip levels of an image into one: ``(B, C, H, W)`` -> ``(B, C, H + S_h / 2, S_w)`` and ``S_w``.
+    """Lay the mip levels of an image into one: ``(B, C, H, W)`` -> ``(B, C, H + ceil(H / 2), S)`` and S.
 
-    Level 0 lies at the top; below it stand the levels k >= 1 from left to right, in slots ``S_w / 2^k`` wide, where S
-    is the size rounded up to a multiple of ``2^(num_levels - 1)``. Source pixel X lies at ``X / 2^k`` in every level.
+    Level 0 lies at the top; below it stand the levels k >= 1 from left to right, in slots ``S / 2^k`` wide, where S
+    is the width rounded up to a multiple of ``2^(num_levels - 1)``. Source pixel X lies at ``X / 2^k`` in every level.
     """
     multiple = 1 << (num_levels - 1)
-    slot_h = (image.shape[-2] + multiple - 1) // multiple * multiple // 2
+    slot_h = (image.shape[-2] + 1) // 2  # of level 1, the tallest below
     slot_w = (image.shape[-1] + multiple - 1) // multiple * multiple
     columns = []
     level = image
@@ -80,7 +80,7 @@ def _read_atlas(atlas: Tensor, slot_width: int, image_size: tuple[int, int], poi
     # Positions clamp to the outermost texel centres of their level, so that neighbours in the atlas never bleed in.
     x = torch.minimum(x.clamp(min=0.5), torch.ceil(image_size[1] * scale) - 0.5)
     y = torch.minimum(y.clamp(min=0.5), torch.ceil(image_size[0] * scale) - 0.5)
-    x = x + slot_width * (1 - 2 * scale).clamp(min=0.0)  # the slots before level k sum to S_w (1 - 2^(1-k))
+    x = x + slot_width * (1 - 2 * scale).clamp(min=0.0)  # the slots before level k sum to S (1 - 2^(1-k))
     y = y + image_size[0] * level.clamp(max=1.0)
     return _read(atlas, torch.stack([x * (2 / atlas.shape[-1]) - 1, y * (2 / atlas.shape[-2]) - 1], dim=-1))
 
@@ -103,9 +103,8 @@ def sample_patches(image: Tensor, points: Tensor, footprint: Tensor, max_footpri
     if footprint.dim() == 2:
         footprint = footprint.unsqueeze(-1).unsqueeze(-1)
     level = mip_level(footprint).clamp(max=float(num_levels - 1))
-    if (
-        num_levels == 2
-    ):  # as for a full grid: no atlas to build, and identity samples stay on their pixels to the last bit but one
+    # Two levels, as at a full grid, need no atlas; and identity samples stay on their pixels to the last bits.
+    if num_levels == 2:
         half = _halve(image)
         ratio_w, ratio_h = image_size[1] / (2 * half.shape[-1]), image_size[0] / (2 * half.shape[-2])
         x, y = points[..., 0] * ratio_w + (ratio_w - 1), points[..., 1] * ratio_h + (ratio_h - 1)

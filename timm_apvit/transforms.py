@@ -12,6 +12,8 @@ from typing import Any, NamedTuple, Optional
 import torch
 from torch import Tensor, nn
 
+from timm_apvit.coords import check_number
+
 # Width of each field of parameters. A family is the set of fields that it reads, so that families nest by name.
 FIELDS: dict[str, int] = {'shift': 2, 'scale': 1, 'aspect': 1, 'rotation': 1, 'shear': 1}
 
@@ -74,7 +76,8 @@ def footprint(image_from_patch: Tensor, image_size: tuple[int, int], patch_size:
 
     The larger singular value of d(source pixel) / d(sample), in closed form (half the sum of two hypotenuses).
     """
-    eps = 2.0**-10  # Keeps the gradient finite where the map is isotropic; its exact root makes the value 0 there.
+    # Keeps the gradient finite where the map is isotropic; a power of two, so that sqrt(eps^2) - eps is exactly 0.
+    eps = 2.0**-10
     xx = image_from_patch[..., 0, 0] * (image_size[1] / patch_size[1])
     xy = image_from_patch[..., 0, 1] * (image_size[1] / patch_size[0])
     yx = image_from_patch[..., 1, 0] * (image_size[0] / patch_size[1])
@@ -96,7 +99,6 @@ class _InwardClamp(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
         ctx.save_for_backward(*inputs)
-        ctx.save_for_forward(*inputs)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -106,12 +108,6 @@ class _InwardClamp(torch.autograd.Function):
         zero = torch.zeros_like(grad)
         return torch.where(inward, grad, zero), torch.where(x < low, grad, zero), torch.where(x > high, grad, zero)
 
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Tensor) -> Tensor:
-        x, low, high = ctx.saved_tensors
-        dx, dlow, dhigh = (torch.zeros_like(x) if tangent is None else tangent for tangent in tangents)
-        return torch.where(x > high, dhigh, torch.where(x < low, dlow, dx))
-
 
 def inward_clamp(x: Tensor, low: Tensor, high: Tensor) -> Tensor:
     """Clamp ``x`` to [``low``, ``high``], all of one shape, and let gradients move what is at a bound back inside.
@@ -119,7 +115,7 @@ def inward_clamp(x: Tensor, low: Tensor, high: Tensor) -> Tensor:
     A plain clamp passes nothing to what lies outside, and minimum / maximum half at a tie: a border patch, which starts
     exactly at its bound, would never move.
     """
-    if torch.jit.is_scripting():
+    if torch.jit.is_scripting():  # TorchScript has no gradients of our own: there, outward ones pass as well
         return x + (torch.minimum(torch.maximum(x, low), high) - x).detach()
     clamped: Tensor = _InwardClamp.apply(x, low, high)
     return clamped
@@ -128,7 +124,7 @@ def inward_clamp(x: Tensor, low: Tensor, high: Tensor) -> Tensor:
 def place_inside(
     centres: Tensor, extents: Tensor, rotation: Tensor, shear: Tensor, image_size: tuple[int, int]
 ) -> PatchGeometry:
-    """Put patches wholly inside the image: shrink what is wider than it, then shift what sticks out.
+    """Put patches wholly inside the image: shrink what is wider than it (keeping its shape), then shift it.
 
     Args:
         centres: wanted centres ``(B, N, 2)``.
@@ -166,7 +162,7 @@ class PatchTransform(nn.Module):
         max_shift: how far a centre may move along each axis, in cells of its anchor (so that it follows N).
         max_zoom: largest factor by which a patch may grow or shrink along each axis, >= 1.
         max_rotation: in degrees, within [0, 180].
-        max_shear: x displacement per unit of y, >= 0.
+        max_shear: x displacement per unit of y, both patch-local, >= 0.
 
     Raises:
         ValueError: an unknown name or a bound out of range.
@@ -185,20 +181,12 @@ class PatchTransform(nn.Module):
         super().__init__()
         if name not in TRANSFORMS:
             raise ValueError(f'expected transform to be one of {", ".join(TRANSFORMS)}, got {name!r}')
-        for bound, value, low, high in (
-            ('max_shift', max_shift, 0, math.inf),
-            ('max_zoom', max_zoom, 1, math.inf),
-            ('max_rotation', max_rotation, 0, 180),
-            ('max_shear', max_shear, 0, math.inf),
-        ):
-            if isinstance(value, (str, bool)) or not (low <= value <= high and math.isfinite(value)):
-                raise ValueError(f'expected {bound} to be a finite number within [{low}, {high}], got {value!r}')
         self.name = name
         self.fields = list(TRANSFORMS[name])
-        self.max_shift = float(max_shift)
-        self.max_log_zoom = math.log(max_zoom)
-        self.max_rotation = math.radians(max_rotation)
-        self.max_shear = float(max_shear)
+        self.max_shift = check_number('max_shift', max_shift, 0)
+        self.max_log_zoom = math.log(check_number('max_zoom', max_zoom, 1))
+        self.max_rotation = math.radians(check_number('max_rotation', max_rotation, 0, 180))
+        self.max_shear = check_number('max_shear', max_shear, 0)
 
     def extra_repr(self) -> str:
         """Show the family and its bounds."""

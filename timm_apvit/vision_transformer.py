@@ -4,7 +4,7 @@ from functools import partial
 from typing import Any, Optional, Union
 
 import torch
-from timm.layers import register_notrace_module, resample_abs_pos_embed
+from timm.layers import register_notrace_module
 from timm.models import VisionTransformer, checkpoint
 from timm.models._features import feature_take_indices
 from torch import Tensor
@@ -12,12 +12,12 @@ from torch import Tensor
 from timm_apvit.coords import NumPatches
 from timm_apvit.dense import dense_map, splat_weights
 from timm_apvit.patch_embed import ADAPTIVE_MODULES, AdaptivePatchEmbed, PatchTokens
-from timm_apvit.pos_embed import interpolate_pos_embed
+from timm_apvit.pos_embed import interpolate_pos_embed, resample_pos_embed
 from timm_apvit.transforms import PatchGeometry
 from timm_apvit.weights import check_npz
 
 # FX takes these as leaves: their control flow depends on shapes.
-for _name in ('interpolate_pos_embed', 'resample_abs_pos_embed', 'splat_weights', 'dense_map'):
+for _name in ('interpolate_pos_embed', 'resample_pos_embed', 'splat_weights', 'dense_map'):
     torch.fx.wrap(_name)
 register_notrace_module(AdaptivePatchEmbed)
 
@@ -101,8 +101,21 @@ class APViT(VisionTransformer):  # type: ignore[misc]
 
     @torch.jit.ignore
     def patch_geometry(self, x: Tensor) -> PatchGeometry:
-        """Where the patches of a batch of images ``(B, C, H, W)`` lie."""
+        """Where the patches of a batch of images ``(B, C, H, W)`` lie; of a forward in eval mode, or without jitter."""
         geometry: PatchGeometry = self.patch_embed(x).geometry
+        if self.patch_embed.layout is None and self.patch_embed.dynamic_img_pad:
+            # From the frame of the padded image to that of the image; angles and shear are measured in pixels.
+            grid, patch, size = (
+                self.patch_embed.dynamic_feat_size(x.shape[-2:]),
+                self.patch_embed.patch_size,
+                x.shape[-2:],
+            )
+            ratio = x.new_tensor([grid[1] * patch[1] / size[1], grid[0] * patch[0] / size[0]], dtype=torch.float32)
+            geometry = geometry._replace(
+                centres=(geometry.centres + 1) * ratio - 1,
+                extents=geometry.extents * ratio,
+                image_from_patch=geometry.image_from_patch * ratio[:, None],
+            )
         return geometry
 
     @torch.jit.ignore
@@ -153,17 +166,11 @@ class APViT(VisionTransformer):  # type: ignore[misc]
             return torch.cat(prefix + [tokens], dim=1)  # noqa: RUF005  TorchScript knows no unpacking
 
         num_embedded = 0 if self.no_embed_class else self.num_prefix_tokens
-        grid_size = (x.grid_size[0], x.grid_size[1])
-        # timm's own anti-aliased resampling to the anchors' grid first, so that each grid of patches has the
-        # embedding that timm's ViT of that grid has: bilinear reading alone differs by 6 % RMS at twice the cell and
-        # by 29 % at four times.
-        pos_embed = resample_abs_pos_embed(
-            self.pos_embed,
-            new_size=grid_size,
-            old_size=(self.patch_embed.grid_size[0], self.patch_embed.grid_size[1]),
-            num_prefix_tokens=num_embedded,
-        )
-        position = interpolate_pos_embed(pos_embed, x.geometry.centres, grid_size, num_embedded)
+        anchor_grid = (x.anchor_grid[0], x.anchor_grid[1])
+        base_grid = (self.patch_embed.grid_size[0], self.patch_embed.grid_size[1])
+        # So each grid of patches has the embedding that timm's ViT of that grid has.
+        pos_embed = resample_pos_embed(self.pos_embed, base_grid, anchor_grid, num_embedded)
+        position = interpolate_pos_embed(pos_embed, x.geometry.centres, anchor_grid, num_embedded)
         if self.no_embed_class:
             embedded = torch.cat(prefix + [tokens + position], dim=1)  # noqa: RUF005
         else:

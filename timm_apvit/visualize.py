@@ -20,7 +20,7 @@ def plot_patches(
     titles: Sequence[str] | None = None,
     pairs_per_row: int = 2,
 ) -> 'Figure':
-    """Draw images and their patches: ``(B, C, H, W)`` -> a figure of B pairs, an image and the same with every patch's outline.
+    """Draw images and their patches: ``(B, C, H, W)`` -> B pairs, an image and the same with every patch's outline.
 
     Convention:
         As on the screen: x points right and y points down, in pixels; (0, 0) is the image's top-left corner.
@@ -52,6 +52,7 @@ def plot_patches(
     # From [-1, 1] over pixel edges to pixels.
     outlines = (geometry.outlines().detach().double().cpu() + 1) / 2 * images.new_tensor([width, height]).double().cpu()
     pixels = images.detach().float().cpu().clamp(0, 1).permute(0, 2, 3, 1)
+    pairs_per_row = min(pairs_per_row, len(images))
     rows = -(-len(images) // pairs_per_row)
     figure = Figure(figsize=(4 * pairs_per_row, rows * (2 * height / width + 0.3)), layout='constrained')
     axes = figure.subplots(rows, 2 * pairs_per_row, squeeze=False).reshape(-1, 2)

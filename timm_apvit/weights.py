@@ -1,29 +1,26 @@
 """Checkpoints: what fits a model is adapted to it, and anything else is refused by the names of its keys."""
 
 import re
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import numpy as np
-from timm.models import adapt_input_conv
+from timm.models import VisionTransformer, adapt_input_conv
 from timm.models.vision_transformer import checkpoint_filter_fn as vit_checkpoint_filter_fn
 from torch import Tensor, nn
 
 from timm_apvit.patch_embed import complete_state_dict
-
-if TYPE_CHECKING:
-    from timm_apvit.vision_transformer import APViT
 
 _PROJECTION = 'patch_embed.proj.weight'
 _STEM = 'patch_embed.patching.localizer.stem.0.0.weight'
 _HEAD = {'head.weight', 'head.bias'}
 
 
-def checkpoint_filter_fn(state_dict: dict[str, Any], model: 'APViT') -> dict[str, Any]:
+def checkpoint_filter_fn(state_dict: dict[str, Any], model: VisionTransformer) -> dict[str, Any]:
     """Fit a checkpoint of a ViT or an APViT to a model, and refuse any other by the names of its keys.
 
     timm's own filter converts foreign layouts and resamples the position embedding. timm then loads leniently
     whenever the number of classes differs or ``features_only`` is set, and a wrong file would pass unnoticed: so keys
-    are compared here, in every mode.
+    are compared here, in every mode. Where a model's images do not have 3 channels, its
+    ``pretrained_cfg['first_conv']`` may become None.
 
     Raises:
         ValueError: keys are missing or unexpected, or a first convolution has other input channels than 3 or the
@@ -51,7 +48,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: 'APViT') -> dict[str
     return fitted
 
 
-def _fit_channels(state_dict: dict[str, Tensor], model: 'APViT') -> None:
+def _fit_channels(state_dict: dict[str, Tensor], model: VisionTransformer) -> None:
     """Adapt the localisation network's first convolution from 3 channels, as timm adapts the projection."""
     in_chans = model.patch_embed.patching.in_chans
     for key in (_PROJECTION, _STEM):
@@ -65,12 +62,14 @@ def _fit_channels(state_dict: dict[str, Tensor], model: 'APViT') -> None:
         state_dict[_STEM] = adapt_input_conv(in_chans, state_dict[_STEM])
 
 
-def check_npz(path: str, model: 'APViT') -> None:
+def check_npz(path: str, model: VisionTransformer) -> None:
     """Refuse a JAX checkpoint (.npz) of another size, which timm's reader would skip or broadcast in part.
 
     Raises:
         ValueError: blocks beyond the model's depth, norms of another width, or other classes than it was trained for.
     """
+    import numpy as np
+
     with np.load(path, allow_pickle=False) as arrays:
         for name in arrays.files:
             block = re.search(r'encoderblock_(\d+)/', name)

@@ -1,0 +1,264 @@
+"""The command, from its arguments to the files that it leaves."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from timm_apvit import training
+from timm_apvit.__main__ import main
+from timm_apvit.finetune import execute, prepare
+from timm_apvit.options import parse_num_patches
+
+TINY = '--model test_apvit --img-size 32 --num-patches 2 --samples 32 --test-samples 16 --batch-size 16 --epochs 2'
+TINY += ' --model-kwargs drop_path_rate=0.1 jitter=0.1 --threads 1 --workers 0 --device cpu --twin'
+
+# Ends the process, as a power cut would, in the n-th update of the weights.
+KILLED = """
+import os, signal, sys, torch
+from timm_apvit.__main__ import main
+step, left = torch.optim.AdamW.step, [int(sys.argv.pop(1))]
+def deadly_step(*args, **kwargs):
+    left[0] -= 1
+    if left[0] < 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return step(*args, **kwargs)
+torch.optim.AdamW.step = deadly_step
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def read_metrics(directory: Path) -> list[dict[str, float]]:
+    rows = [json.loads(line) for line in (directory / 'metrics.jsonl').read_text().splitlines()]
+    return [{name: value for name, value in row.items() if name != 'seconds'} for row in rows]
+
+
+def weights_of(directory: Path) -> dict[str, Any]:
+    state: dict[str, Any] = torch.load(directory / 'last/training.pt', weights_only=True)
+    return state['model']
+
+
+@pytest.fixture(scope='module')
+def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp('runs') / 'unbroken'
+    assert main(['finetune', *TINY.split(), '--output', str(directory)]) == 0
+    return directory
+
+
+def test_run_leaves_model_metrics_summary_and_picture(unbroken: Path) -> None:
+    rows, twin_rows = read_metrics(unbroken), read_metrics(unbroken / 'twin')
+    assert [row['epoch'] for row in rows] == [row['epoch'] for row in twin_rows] == [1, 2]
+    assert rows[0]['lr'] > rows[1]['lr'] > 0
+    summary = json.loads((unbroken / 'summary.json').read_text())
+    assert summary['test_apvit']['top1'] == rows[-1]['test_top1']
+    assert summary['test_apvit']['best_top1'] == max(row['test_top1'] for row in rows)
+    assert summary['fixed grid']['num_patches'] == summary['test_apvit']['num_patches'] == 2
+    assert np.asarray(Image.open(unbroken / 'patches.png')).std() > 0
+    best = timm.create_model(f'local-dir:{unbroken / "best"}', pretrained=True)
+    assert best.num_patches == 2
+    assert best.patch_embed.patching.jitter == 0.1
+    assert best.pretrained_cfg['label_names'] == list('0123456789')
+    images = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(best.eval()(images).shape, torch.Size([2, 10]))
+
+
+@pytest.mark.parametrize('updates', [1, 3, 7], ids=['first epoch', 'second epoch', 'twin'])
+def test_killed_run_resumes_to_the_result_of_the_unbroken_one(updates: int, unbroken: Path, tmp_path: Path) -> None:
+    directory = tmp_path / 'killed'
+    command = [sys.executable, '-c', KILLED, str(updates), 'finetune', *TINY.split(), '--output', str(directory)]
+    assert subprocess.run(command, capture_output=True, check=False).returncode == -9
+    if updates > 2:
+        saved = timm.create_model(f'local-dir:{directory / "last"}', pretrained=True)
+        assert timm.create_model(f'local-dir:{directory / "best"}', pretrained=True).num_patches == saved.num_patches
+        assert len(read_metrics(directory)) == updates // 2 if updates < 4 else 2
+    assert not (directory / 'summary.json').exists()
+
+    assert main(['finetune', '--resume', str(directory), '--threads', '1']) == 0
+    for part in ('.', 'twin'):
+        assert read_metrics(directory / part) == read_metrics(unbroken / part)
+        resumed, expected = weights_of(directory / part), weights_of(unbroken / part)
+        assert resumed.keys() == expected.keys()
+        assert all(torch.equal(resumed[key], expected[key]) for key in expected)
+    name = 'last/model.safetensors'
+    assert (directory / name).read_bytes() == (unbroken / name).read_bytes()
+
+
+def test_resuming_a_finished_run_changes_nothing(
+    unbroken: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = {path: path.read_bytes() for path in unbroken.rglob('*') if path.is_file() and path.suffix != '.png'}
+    assert main(['finetune', '--resume', str(unbroken)]) == 0
+    assert 'test_apvit          2' in capsys.readouterr().out
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def test_vit_checkpoint_to_tuned_model_and_back(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    vit = timm.create_model('vit_tiny_patch16_224')
+    torch.nn.init.normal_(vit.pos_embed, std=0.02)
+    save_file(vit.state_dict(), tmp_path / 'vit.safetensors')
+    arguments = {
+        'model': 'apvit_tiny',
+        'checkpoint': str(tmp_path / 'vit.safetensors'),
+        'num_patches': 49,
+        'samples': 8,
+        'test_samples': 8,
+        'batch_size': 4,
+        'epochs': 2,
+        'device': 'cpu',
+        'twin': False,
+        'output': str(tmp_path / 'run'),
+    }
+    run = prepare(arguments)
+    start = {name: value.clone() for name, value in run.model.state_dict().items()}
+    assert all(torch.equal(start[key], value) for key, value in vit.state_dict().items() if not key.startswith('head.'))
+    execute(run)
+    images = torch.randn(2, 3, 224, 224)
+    reloaded = timm.create_model(f'local-dir:{tmp_path / "run/last"}', pretrained=True).eval()
+    assert reloaded.num_patches == 49
+    with torch.no_grad():
+        assert torch.equal(reloaded(images), run.model.eval()(images))
+    adaptive = [key for key in start if '.patching.' in key]
+    assert any(not torch.equal(start[key], reloaded.state_dict()[key]) for key in adaptive)
+
+
+def write_images(folder: Path, number: int = 4) -> None:
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for n in range(number):
+        Image.fromarray(rng.integers(256, size=(40, 40, 3), dtype=np.uint8)).save(folder / f'{n}.png')
+
+
+def test_folder_of_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ('train/cat', 'train/dog', 'val/cat', 'val/dog'):
+        write_images(tmp_path / 'images' / name)
+    tiny = '--model test_apvit --img-size 32 --epochs 1 --batch-size 4 --workers 0 --device cpu'
+    output = tmp_path / 'run'
+    assert main(['finetune', str(tmp_path / 'images'), *tiny.split(), '--output', str(output)]) == 0
+    assert json.loads((output / 'best/config.json').read_text())['label_names'] == ['cat', 'dog']
+    assert 'fixed grid' not in capsys.readouterr().out
+    assert (output / 'patches.png').stat().st_size > 0
+
+
+@pytest.fixture
+def unsound(tmp_path: Path) -> Path:
+    """Inputs of which each has something wrong with it."""
+    for name in ('one/train/cat', 'one/val/cat', 'broken/train/cat', 'broken/train/dog', 'broken/val/cat'):
+        write_images(tmp_path / name, 2)
+    (tmp_path / 'broken/train/dog/1.png').write_bytes(b'no image')
+    (tmp_path / 'empty').mkdir()
+    (tmp_path / 'taken').mkdir()
+    (tmp_path / 'taken/precious').write_text('precious')
+    (tmp_path / 'junk.safetensors').write_bytes(b'junk')
+    (tmp_path / 'junk.pth').write_bytes(b'junk')
+    vit = timm.create_model('test_vit', img_size=32)
+    save_file({k: v for k, v in vit.state_dict().items() if 'blocks.2' not in k}, tmp_path / 'partial.safetensors')
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'message'),
+    [
+        ('{}/missing', 'missing'),
+        ('{}/empty', 'got nothing'),
+        ('{}/one', "got those of 'cat' only"),
+        ('{}/broken --model test_apvit', 'dog/1.png'),
+        ('--model apvit_huge', "such as apvit_base, apvit_large, apvit_small, apvit_tiny, got 'apvit_huge'"),
+        ('--model test_vit', "expected an APViT, got 'test_vit'"),
+        ('--model local-dir:{}/empty', 'cannot create local-dir:'),
+        ('--num-patches 0', "integers >= 1, got '0'"),
+        ('--num-patches 4x0', "got '4x0'"),
+        ('--num-patches -3', 'num-patches'),
+        ('--num-patches 2.5', "got '2.5'"),
+        ('--transform wild', 'translation, scale'),
+        ('--model-kwargs max_zoom=0.5', 'max_zoom'),
+        ('--model-kwargs unknown=1', 'unknown'),
+        ('--model-kwargs novalue', "expected key=value, got 'novalue'"),
+        ('--epochs 0', "an integer >= 1, got '0'"),
+        ('--lr nan', "a number above 0, got 'nan'"),
+        ('--layer-decay 1.5', '<= 1'),
+        ('--epochs 2 --warmup 2', 'expected --warmup below --epochs, got 2 of 2'),
+        ('--device toaster', "got 'toaster'"),
+        ('--checkpoint {}/missing.pth', 'missing.pth'),
+        ('--checkpoint {}/junk.safetensors', 'junk.safetensors'),
+        ('--checkpoint {}/junk.pth', 'junk.pth'),
+        ('--model test_apvit --checkpoint {}/partial.safetensors', 'blocks.2.'),
+        ('--output {}/taken', 'taken'),
+        ('--resume {}/taken', 'expected the folder of a run'),
+        ('--resume {}/taken --output {}/new', 'expected --output or --resume, got both'),
+        ('--colour red', '--colour'),
+    ],
+)
+def test_rejects_bad_input_before_any_work(
+    arguments: str, message: str, unsound: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(unsound)
+    before = {path: path.read_bytes() for path in unsound.rglob('*') if path.is_file()}
+    try:
+        status = main(['finetune', '--device', 'cpu', *arguments.replace('{}', str(unsound)).split()])
+    except SystemExit as error:
+        status = int(str(error.code))
+    captured = capsys.readouterr()
+    assert status == 2
+    assert captured.err.startswith('error: ')
+    assert captured.err.count('\n') == 1
+    assert message in captured.err
+    assert captured.out == ''
+    assert {path: path.read_bytes() for path in unsound.rglob('*') if path.is_file()} == before
+
+
+def test_rejects_options_that_contradict_the_resumed_run(unbroken: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(['finetune', '--resume', str(unbroken), '--epochs', '9', '--num-patches', '1x2', '--seed', '0']) == 2
+    error = capsys.readouterr().err
+    assert '--epochs 9 (the run has 2)' in error
+    assert '--num-patches (1, 2) (the run has 2)' in error
+    assert '--seed' not in error
+
+
+def test_rejects_a_damaged_run(unbroken: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / 'last').mkdir()
+    (tmp_path / 'options.json').write_text((unbroken / 'options.json').read_text())
+    (tmp_path / 'last').rename(tmp_path / 'version')
+    (tmp_path / 'last').symlink_to('version')
+    (tmp_path / 'last/training.pt').write_bytes((unbroken / 'last/training.pt').read_bytes()[:1000])
+    assert main(['finetune', '--resume', str(tmp_path)]) == 2
+    assert capsys.readouterr().err.startswith('error: expected a readable state, got a damaged')
+
+
+@pytest.mark.parametrize('module', ['sklearn.datasets', 'tqdm', 'matplotlib'])
+def test_missing_extra_is_named(
+    module: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, module, None)
+    assert main(['finetune', *TINY.split(), '--output', str(tmp_path / 'run')]) == 2
+    assert "pip install 'timm-apvit[finetune]'" in capsys.readouterr().err
+    assert not (tmp_path / 'run').exists()
+
+
+def test_loss_that_is_not_finite_stops_the_run_before_it_spoils_the_weights(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cross_entropy, calls = training.F.cross_entropy, []
+
+    def diverging(*args: Any, **kwargs: Any) -> torch.Tensor:
+        calls.append(kwargs)
+        loss: torch.Tensor = cross_entropy(*args, **kwargs)
+        return loss * (float('nan') if len(calls) > 4 else 1)  # the fifth: an update of the second epoch
+
+    monkeypatch.setattr(training.F, 'cross_entropy', diverging)
+    assert main(['finetune', *TINY.split(), '--output', str(tmp_path / 'run')]) == 1
+    assert 'the training loss became nan in update 4; try a lower --lr' in capsys.readouterr().err
+    assert all(value.isfinite().all() for value in weights_of(tmp_path / 'run').values())
+
+
+def test_numbers_of_patches_are_parsed() -> None:
+    assert parse_num_patches('49') == 49
+    assert parse_num_patches('3x7') == (3, 7)

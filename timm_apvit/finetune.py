@@ -1,0 +1,286 @@
+"""The fine-tuning command: options -> a trained model, its twin's accuracy, checkpoints, metrics and a picture."""
+
+import importlib.util
+import json
+import os
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import timm
+import torch
+from timm.data import resolve_data_config
+from torch import Tensor, nn
+
+from timm_apvit import options as defaults
+from timm_apvit.checkpoints import (
+    BEST,
+    CheckpointStore,
+    check_vacant,
+    create_run,
+    first_line,
+    read_options,
+    replacing,
+    write_atomically,
+)
+from timm_apvit.data import Splits, load_folder
+from timm_apvit.digits import load_embedded_digits
+from timm_apvit.hub import save_pretrained
+from timm_apvit.options import Options, from_json, to_json
+from timm_apvit.training import Row, Schedule, best_row, train
+from timm_apvit.twin import create_twin
+from timm_apvit.vision_transformer import APViT
+from timm_apvit.visualize import plot_patches
+
+PICTURED = 8
+
+
+class Run(NamedTuple):
+    """A run whose options proved sound."""
+
+    options: Options
+    directory: Path
+    model: APViT
+    twin: nn.Module | None
+    splits: Splits
+    data_config: dict[str, Any]
+    schedule: Schedule
+
+
+def finetune(given: dict[str, Any]) -> int:
+    """Run the command with the options given; return the exit status."""
+    if given.get('data') is not None:
+        given = {**given, 'data': str(Path(given['data']).resolve())}  # so that --resume works from any folder
+    try:
+        run = prepare(given)
+    except (ValueError, OSError, ModuleNotFoundError) as error:
+        return _fail(error, 2)
+    try:
+        execute(run)
+    except (FloatingPointError, OSError) as error:
+        return _fail(error, 1)
+    except KeyboardInterrupt:
+        _echo(f'interrupted; continue with --resume {run.directory}')
+        return 130
+    return 0
+
+
+def prepare(given: dict[str, Any]) -> Run:
+    """Check everything that can be checked before any long work, and make or open the run's directory.
+
+    Raises:
+        ValueError, OSError, ModuleNotFoundError: bad input, or an extra is missing.
+    """
+    for module in ('tqdm', 'matplotlib'):
+        if importlib.util.find_spec(module) is None:
+            raise ModuleNotFoundError(f"fine-tuning needs {module}: pip install 'timm-apvit[finetune]'")
+    resumed = given.get('resume') is not None
+    if resumed:
+        if given.get('output') is not None:
+            raise ValueError('expected --output or --resume, got both')
+        directory = Path(given['resume'])
+        options = from_json(read_options(directory), given)
+        for damaged in (directory, directory / 'twin'):
+            CheckpointStore(damaged).load()
+    else:
+        options = with_defaults(Options(**given))
+        default = Path('runs', f'{_file_name(options.model)}-{time.strftime("%Y%m%d-%H%M%S")}')
+        directory = Path(options.output or default)
+        check_vacant(directory)
+    schedule = _schedule(options)
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+
+    splits, model, data_config = _load(options, schedule)
+    twin = create_twin(model, **options.model_kwargs) if options.twin else None
+    if not resumed:
+        create_run(directory, to_json(options))
+    return Run(options, directory, model, twin, splits, data_config, schedule)
+
+
+def with_defaults(options: Options) -> Options:
+    """Fill in the defaults that depend on other options."""
+    embedded = options.data is None
+    changes: dict[str, Any] = {}
+    if options.model is None:
+        changes['model'] = defaults.EMBEDDED_MODEL if embedded else 'apvit_small'
+        if embedded:
+            changes['model_kwargs'] = {**defaults.EMBEDDED_MODEL_KWARGS, **options.model_kwargs}
+            changes['img_size'] = options.img_size or defaults.EMBEDDED_IMG_SIZE
+            changes['num_patches'] = options.num_patches or defaults.EMBEDDED_NUM_PATCHES
+    fine_tuned = options.pretrained or options.checkpoint is not None
+    epochs = options.epochs or (6 if embedded else 10)
+    scratch_lr = 2e-3 if embedded else 1e-3
+    filled = {
+        'twin': embedded,
+        'epochs': epochs,
+        'lr': 2e-4 if fine_tuned else scratch_lr,
+        'layer_decay': 0.75 if fine_tuned else 1.0,
+        'warmup': epochs / 10,
+    }
+    changes.update({name: value for name, value in filled.items() if getattr(options, name) is None})
+    return replace(options, **changes)
+
+
+def _schedule(options: Options) -> Schedule:
+    device = options.device or ('cuda' if torch.cuda.is_available() else 'cpu')
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f'expected a device that is there, got {device!r}: {first_line(error)}') from None
+    workers = options.workers
+    if workers is None:
+        workers = 0 if options.data is None else min(8, os.cpu_count() or 1)
+    same = {name: getattr(options, name) for name in Schedule._fields if name not in ('device', 'workers')}
+    if same['warmup'] >= same['epochs']:
+        raise ValueError(f'expected --warmup below --epochs, got {same["warmup"]:g} of {same["epochs"]}')
+    return Schedule(**same, device=device, workers=workers)
+
+
+def _load(options: Options, schedule: Schedule) -> tuple[Splits, APViT, dict[str, Any]]:
+    """Load the data, and a model that has a class for each of theirs."""
+    # A model without a classifier is quickly made and tells what images it takes, before the data are looked through.
+    probe = _create_model(options, num_classes=0, weights=False)
+    data_config = _data_config(probe)
+    input_size, mean, std = (data_config[key] for key in ('input_size', 'mean', 'std'))
+    if options.data is None:
+        splits = load_embedded_digits(options.seed, input_size, options.samples, options.test_samples, mean, std)
+    else:
+        splits = load_folder(Path(options.data), options.seed, data_config, workers=max(1, schedule.workers))
+    torch.manual_seed(options.seed)
+    model = _create_model(options, num_classes=len(splits.label_names), weights=True)
+    return splits, model, data_config
+
+
+def _create_model(options: Options, num_classes: int, weights: bool) -> APViT:
+    """Create the model of the options.
+
+    Raises:
+        ValueError: it cannot be created, is not an APViT, or its weights cannot be loaded.
+    """
+    name = str(options.model)
+    optional = {'num_patches': options.num_patches, 'transform': options.transform, 'img_size': options.img_size}
+    kwargs = {**options.model_kwargs, **{key: value for key, value in optional.items() if value is not None}}
+    if ':' not in name and not timm.is_model(name.partition('.')[0]):
+        models = ', '.join(sorted(timm.list_models('apvit_*')))
+        raise ValueError(f'expected a registered model, such as {models}, got {name!r}')
+    pretrained = weights and options.pretrained
+    if options.checkpoint is not None:
+        if not Path(options.checkpoint).is_file():
+            raise FileNotFoundError(f'expected a checkpoint file, got {options.checkpoint!r}, which is not a file')
+        overlay = {'file': options.checkpoint, 'custom_load': options.checkpoint.endswith('.npz')}
+        pretrained = weights
+        kwargs['pretrained_cfg_overlay'] = overlay
+    try:
+        model = timm.create_model(name, pretrained=pretrained, num_classes=num_classes, **kwargs)
+    # Weights that are damaged, of another model or out of reach fail in as many ways as there are formats.
+    except Exception as error:
+        source = f' with the weights in {options.checkpoint}' if weights and options.checkpoint else ''
+        raise ValueError(f'cannot create {name}{source}: {first_line(error)}') from error
+    if not isinstance(model, APViT):
+        raise ValueError(f'expected an APViT, got {name!r}, which is a {type(model).__name__}')
+    return model
+
+
+def _data_config(model: APViT) -> dict[str, Any]:
+    """Size and normalisation of the images that a model takes."""
+    in_chans = model.patch_embed.patching.in_chans
+    config: dict[str, Any] = resolve_data_config({'input_size': (in_chans, *model.patch_embed.img_size)}, model=model)
+    for key in ('mean', 'std'):
+        if len(config[key]) != in_chans:
+            config[key] = (sum(config[key]) / len(config[key]),) * in_chans
+    return config
+
+
+def execute(run: Run) -> None:
+    """Train the model and its twin, and write the summary and the picture."""
+    names = [str(run.options.model), 'fixed grid']
+    _echo(f'{names[0]}: {run.model.num_patches} patches, {len(run.splits.train)} training images an epoch, '
+          f'{len(run.splits.test)} test images, {len(run.splits.label_names)} classes -> {run.directory}')  # fmt: skip
+
+    def export(directory: Path) -> None:
+        save_pretrained(run.model, directory, label_names=list(run.splits.label_names))
+
+    rows = {names[0]: _train(run, run.model, names[0], run.directory, export)}
+    if run.twin is not None:
+        twin_directory = run.directory / 'twin'
+        twin_directory.mkdir(exist_ok=True)
+        rows[names[1]] = _train(run, run.twin, names[1], twin_directory, lambda _: None)
+    tokens = {names[0]: run.model.num_patches}
+    if run.twin is not None:
+        tokens[names[1]] = int(getattr(run.twin, 'patch_embed').num_patches)  # noqa: B009
+    summary = {
+        name: {
+            'num_patches': tokens[name],
+            'top1': own[-1]['test_top1'],
+            'best_top1': best_row(own)['test_top1'],
+            'best_epoch': best_row(own)['epoch'],
+            'seconds': round(sum(row['seconds'] for row in own), 1),
+        }
+        for name, own in rows.items()
+    }
+    write_atomically(run.directory / 'summary.json', json.dumps(summary, indent=2) + '\n')
+    picture = run.directory / 'patches.png'
+    best = f'local-dir:{run.directory / BEST}'
+    _save_picture(timm.create_model(best, pretrained=True), run.splits, run.data_config, picture)
+    _echo(_table(summary))
+    _echo(f"picture     {picture}\nbest model  timm.create_model('{best}', pretrained=True)")
+
+
+def _train(run: Run, model: nn.Module, name: str, directory: Path, export: Any) -> list[Row]:
+    """Train one model in a directory of its own, telling of each epoch."""
+
+    def on_epoch(rows: list[Row]) -> None:
+        write_atomically(directory / 'metrics.jsonl', ''.join(json.dumps(row) + '\n' for row in rows))
+        row = rows[-1]
+        _echo(f'{name:<12}  epoch {row["epoch"]:>3}/{run.schedule.epochs}  train loss {row["train_loss"]:.3f}  '
+              f'test loss {row["test_loss"]:.3f}  top-1 {row["test_top1"]:.3f}  {row["seconds"]:.1f} s')  # fmt: skip
+
+    return train(model, run.splits, run.schedule, CheckpointStore(directory), export, on_epoch, name)
+
+
+@torch.inference_mode()
+def _save_picture(model: APViT, splits: Splits, data_config: dict[str, Any], path: Path) -> None:
+    """Draw where the model looks in the first test images, spread over the test data."""
+    model.eval()
+    step = max(1, len(splits.test) // PICTURED)
+    samples = [splits.test[index] for index in range(0, len(splits.test), step)][:PICTURED]
+    images = torch.stack([image for image, _ in samples])
+    predicted = model(images).argmax(1).tolist()
+    titles = [
+        f'{splits.label_names[label]}, read as {splits.label_names[guess]}'
+        for (_, label), guess in zip(samples, predicted, strict=True)
+    ]
+    mean, std = (torch.tensor(data_config[key]).view(-1, 1, 1) for key in ('mean', 'std'))
+    figure = plot_patches(_shown(images * std + mean), model.patch_geometry(images), titles)
+    with replacing(path) as unfinished:
+        figure.savefig(unfinished, dpi=100)
+
+
+def _shown(images: Tensor) -> Tensor:
+    """Images as people see them, ``(B, 1 or 3, H, W)``."""
+    return images if images.shape[1] in (1, 3) else images[:, :1]
+
+
+def _table(summary: dict[str, dict[str, Any]]) -> str:
+    lines = [f'{"":<12}  patches  top-1  best top-1  seconds']
+    for name, row in summary.items():
+        numbers = f'{row["num_patches"]:>7}  {row["top1"]:.3f}  {row["best_top1"]:>10.3f}  {row["seconds"]:>7.0f}'
+        lines.append(f'{name:<12}  {numbers}')
+    return '\n'.join(lines)
+
+
+def _file_name(name: str | None) -> str:
+    return ''.join(c if c.isalnum() or c in '._-' else '-' for c in str(name))
+
+
+def _fail(error: Exception, status: int) -> int:
+    sys.stderr.write(f'error: {error}\n')
+    return status
+
+
+def _echo(text: str) -> None:
+    sys.stdout.write(text + '\n')
+    sys.stdout.flush()
