@@ -38,13 +38,13 @@ def dinov2_file() -> str:
     return str(path)
 
 
-def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
+def randomise(model: nn.Module, seed: int = 0, std: float = 0.04) -> nn.Module:
     """Give a model weights as if it had been trained: every parameter random, the position embedding far from zero."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            std = 0.5 if name == 'pos_embed' else 0.04
-            parameter.add_(torch.randn(parameter.shape, generator=generator) * std)
+            scale = 0.5 if name == 'pos_embed' else std
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * scale)
     return model
 
 
@@ -68,3 +68,9 @@ def move_patches(model: nn.Module, std: float = 1.0) -> nn.Module:
 def relative(difference: Tensor, reference: Tensor) -> float:
     """Largest difference, in standard deviations of the reference."""
     return (difference.float().abs().max() / reference.float().std()).item()
+
+
+def assert_equal_up_to_rounding(actual: Tensor, expected: Tensor) -> None:
+    """Within 1e-4 of the standard deviation of what is expected."""
+    assert actual.shape == expected.shape
+    assert relative(actual - expected, expected) <= 1e-4

@@ -40,6 +40,18 @@ def test_features_are_the_vits_after_set_input_size(name, train):
     assert relative(features(model, image, train) - expected, expected) <= LIMIT
 
 
+@pytest.mark.parametrize('size', [100, (97, 163)])
+def test_an_image_that_the_grid_does_not_divide_loses_its_rest_as_in_timm(size):
+    vit, model = vit_and_apvit('test_vit', 'test_apvit', img_size=size, dynamic_img_size=False)
+    image = torch.randn(1, 3, *vit.patch_embed.img_size)
+    expected = features(vit, image)
+    assert relative(features(model, image) - expected, expected) <= LIMIT
+    corners = (model.patch_geometry(image).outlines()[0] + 1) / 2 * torch.tensor(image.shape[:1:-1])
+    torch.testing.assert_close(corners[0, 2], torch.tensor([16.0, 16.0]))
+    model.set_num_patches(model.num_patches)  # set by hand, they tile the whole image
+    torch.testing.assert_close(model.patch_geometry(image).outlines()[0, -1, 2], torch.ones(2))
+
+
 @pytest.mark.parametrize('transform', timm_apvit.TRANSFORMS)
 def test_every_family_starts_as_the_vit(transform):
     vit = randomise(timm.create_model('test_vit')).eval()

@@ -69,10 +69,11 @@ def test_nan_positions_give_nan():
 
 
 @pytest.mark.parametrize(
-    ('old', 'new'), [((14, 14), (7, 7)), ((4, 16), (8, 8)), ((8, 8), (4, 16)), ((16, 16), (20, 5))]
-    """Of an embedding that holds each cell's coordinates, every cell of the new grid gets its own."""
+    ('old', 'new'),
+    [((14, 14), (7, 7)), ((4, 16), (8, 8)), ((8, 8), (4, 16)), ((16, 16), (20, 5))],
+)
 def test_resampling_keeps_smooth_functions_and_prefix_tokens(old, new):
-    """Of an embedding that holds each cell's coordinates, every cell of the new grid gets its own, same count or not."""
+    """Of an embedding that holds each cell's coordinates, every cell of the new grid gets its own."""
     own, _ = anchors((old[0] * old[1], old[0]), CPU)
     expected, _ = anchors((new[0] * new[1], new[0]), CPU)
     resampled = resample_pos_embed(torch.cat([torch.full((1, 1, 2), 9.0), own[None]], dim=1), old, new, 1)

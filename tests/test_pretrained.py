@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 import timm
 import torch
+from conftest import assert_equal_up_to_rounding, randomise
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import timm_apvit
+from timm_apvit.vision_transformer import ADAPTIVE_KEYS
 
-OWN = ('patch_embed.patching.localizer.', 'patch_embed.geometry_embed.')
 HEAD = 'patch_embed.patching.localizer.head.'
 REFUSED = (RuntimeError, ValueError, KeyError)
 # Where the head or the channels differ, timm loads leniently.
@@ -27,26 +28,9 @@ each_mode = pytest.mark.parametrize('kwargs', MODES.values(), ids=MODES)
 SQUARE = (2, 3, 160, 160)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-def randomize(model, seed=0):
-    """Move every parameter off its initial value; the model, in eval mode."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
-    return model.eval()
-
-
 def adaptive(seed=0, **kwargs):
     """A small model whose patches have moved."""
-    return randomize(timm.create_model('test_apvit', **kwargs), seed)
+    return randomise(timm.create_model('test_apvit', **kwargs), seed, std=0.1).eval()
 
 
 def images(*shape):
@@ -62,11 +46,6 @@ def create(file, name='test_apvit', **kwargs):
 def saved(state_dict, folder):
     save_file(state_dict, folder / 'model.safetensors')
     return folder / 'model.safetensors'
-
-
-def assert_equal_up_to_rounding(actual, expected):
-    assert actual.shape == expected.shape
-    assert (actual - expected).abs().max() <= 1e-4 * expected.std()
 
 
 def jax_arrays(vit):
@@ -99,7 +78,7 @@ def jax_arrays(vit):
 
 @pytest.fixture(scope='module')
 def vit():
-    return randomize(timm.create_model('test_vit'))
+    return randomise(timm.create_model('test_vit'), std=0.1).eval()
 
 
 @pytest.fixture(scope='module')
@@ -162,7 +141,7 @@ CHANGES = {
 def test_saved_model_comes_back_bit_for_bit(kwargs, change, tmp_path):
     model = timm.create_model('test_apvit', **kwargs)
     CHANGES[change](model)
-    timm_apvit.save_pretrained(randomize(model), tmp_path)
+    timm_apvit.save_pretrained(randomise(model), tmp_path, std=0.1).eval()
     assert {path.name for path in tmp_path.iterdir()} == {'config.json', 'model.safetensors'}
     models = [timm.create_model(f'local-dir:{tmp_path}', pretrained=True)]
     assert models[0].num_patches == model.num_patches
@@ -181,7 +160,7 @@ def test_state_dict_of_a_vit_loads_strictly_and_leaves_our_own_parameters(vit):
     keys, before = list(state), {key: value.clone() for key, value in model.state_dict().items()}
     assert str(model.load_state_dict(state)) == '<All keys matched successfully>'
     for key, value in model.state_dict().items():
-        assert torch.equal(value, before[key] if key.startswith(OWN) else state[key])
+        assert torch.equal(value, before[key] if key.startswith(ADAPTIVE_KEYS) else state[key])
     assert list(state) == keys
     other = adaptive(seed=2).state_dict()
     model.load_state_dict(other)
@@ -235,7 +214,7 @@ WRONG = [
     ('misshapen', 'blocks.2.mlp.fc1.bias'),
     ('misshapen', 'patch_embed.proj.weight'),
 ]
-WRONG_OWN = [
+WRONG_ADAPTIVE = [
     ('missing', 'patch_embed.geometry_embed.weight'),
     ('missing', 'patch_embed.patching.localizer.stem.0.0.weight'),
     ('missing', HEAD + 'shift.bias'),
@@ -243,7 +222,7 @@ WRONG_OWN = [
     ('misshapen', 'patch_embed.patching.localizer.stem.0.0.weight'),
     ('misshapen', HEAD + 'shift.weight'),
 ]
-CASES = [('test_vit', *case) for case in WRONG] + [('test_apvit', *case) for case in WRONG[:1] + WRONG_OWN]
+CASES = [('test_vit', *case) for case in WRONG] + [('test_apvit', *case) for case in WRONG[:1] + WRONG_ADAPTIVE]
 CASES += [('vit_tiny_patch16_224', 'another size', 'blocks.10.'), ('test_vit', 'junk', 'junk')]
 
 

@@ -10,12 +10,14 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from conftest import assert_equal_up_to_rounding, randomise
 from hub_server import create_models, serve
 from safetensors.torch import save
 from timm.models import get_arch_pretrained_cfgs, is_model, is_model_pretrained, model_entrypoint
 from timm.models.vision_transformer import checkpoint_filter_fn
 
 import timm_apvit
+from timm_apvit.vision_transformer import ADAPTIVE_KEYS
 
 VIT_OF = {
     'apvit_tiny': 'vit_tiny_patch16_224',
@@ -24,7 +26,6 @@ VIT_OF = {
     'apvit_large': 'vit_large_patch16_224',
     'test_apvit': 'test_vit',
 }
-OWN = ('patch_embed.patching.localizer.', 'patch_embed.geometry_embed.')
 each_model = pytest.mark.parametrize(('name', 'vit_name'), VIT_OF.items())
 
 SQUARE = [2, 3, 160, 160]
@@ -141,9 +142,9 @@ def test_timms_own_configurations_are_untouched():
 def test_shape_of_every_parameter_is_the_vits(name, vit_name):
     with torch.device('meta'):
         model, vit = timm.create_model(name), timm.create_model(vit_name)
-    ours = {key: value.shape for key, value in model.state_dict().items() if not key.startswith(OWN)}
+    ours = {key: value.shape for key, value in model.state_dict().items() if not key.startswith(ADAPTIVE_KEYS)}
     assert ours == {key: value.shape for key, value in vit.state_dict().items()}
-    assert any(key.startswith(OWN[0]) for key in model.state_dict())
+    assert any(key.startswith(ADAPTIVE_KEYS[0]) for key in model.state_dict())
     for part in ('pos_drop', 'norm_pre', 'blocks', 'norm', 'fc_norm', 'head_drop', 'head'):
         assert repr(getattr(model, part)) == repr(getattr(vit, part))
     for attribute in ('num_classes', 'num_features', 'num_prefix_tokens', 'global_pool', 'dynamic_img_size'):
@@ -173,38 +174,20 @@ def test_rejects_an_unknown_tag_by_name():
         timm.create_model('test_apvit.no_such_tag', pretrained=True)
 
 
-def randomize(model):
-    """Move every parameter off its initial value; the model, in eval mode."""
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
-    return model.eval()
-
-
 def images(shape):
     return torch.randn(shape, generator=torch.Generator().manual_seed(0))
-
-
-def assert_equal_up_to_rounding(actual, expected):
-    assert actual.shape == expected.shape
-    assert (actual - expected).abs().max() <= 1e-4 * expected.std()
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope='module')
 def hub(tmp_path_factory):
     """The models behind a Hub, the requests it got, and what `CALLS` made of it."""
     folder = tmp_path_factory.mktemp('hub')
-    vit, tagged = (randomize(timm.create_model(name)) for name in ('test_vit', 'vit_tiny_patch16_224.augreg_in21k'))
-    saved = randomize(timm.create_model('test_apvit', transform='affine', num_patches=13, img_size=(96, 128)))
+    vit, tagged = (
+        randomise(timm.create_model(name), std=0.1).eval() for name in ('test_vit', 'vit_tiny_patch16_224.augreg_in21k')
+    )
+    saved = randomise(
+        timm.create_model('test_apvit', transform='affine', num_patches=13, img_size=(96, 128)), std=0.1
+    ).eval()
     timm_apvit.save_pretrained(saved, folder / 'saved')
     wrong = {key: value for key, value in vit.state_dict().items() if key != 'blocks.3.norm1.bias'}
     repositories = {

@@ -4,6 +4,7 @@ import copy
 import pickle
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -106,6 +107,8 @@ def test_rejects_bad_num_patches(bad):
         ({'max_shift': -1}, 'expected max_shift'),
         ({'max_rotation': 200}, 'expected max_rotation'),
         ({'jitter': -1}, 'expected jitter'),
+        ({'transform': ['scale']}, 'expected transform to be one of'),
+        ({'patch_size': 0}, 'expected patch_size to be'),
         ({'img_size': 8}, 'expected img_size to be at least the patch size'),
     ],
 )
@@ -317,6 +320,43 @@ def test_a_plain_vits_state_loads_strictly_and_any_other_fails_by_name():
     del state['patch_embed.patching.localizer.stem.0.0.weight']
     with pytest.raises(RuntimeError, match=r'localizer\.stem\.0\.0\.weight'):
         model.load_state_dict(state)
+
+
+def test_scripted_gradients_are_those_of_eager_where_no_patch_is_at_a_bound():
+    model = create(transform='scale', num_classes=3, num_patches=9)
+    head = model.patch_embed.patching.localizer.head
+    with torch.no_grad():
+        for p in [*head['shift'].parameters(), *head['scale'].parameters()]:
+            p.zero_()
+        head['scale'].bias.fill_(-0.3)  # smaller than their cells, which they fill at first
+    image, gradients = torch.randn(2, 3, 96, 96), []
+    for each in (model, torch.jit.script(model)):
+        model.zero_grad()
+        each(image).square().sum().backward()
+        gradients.append([p.grad.clone() for p in model.parameters()])
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-3, atol=1e-3)
+
+
+def test_loading_a_vit_into_a_meta_model_reports_what_it_lacks():
+    model = timm.create_model('test_apvit', device='meta')
+    with pytest.raises(RuntimeError, match=r'Missing key.*localizer'):
+        model.load_state_dict(timm.create_model('test_vit').state_dict(), assign=True)
+
+
+@pytest.mark.parametrize('prune', [{'prune_head': False}, {'prune_norm': True}])
+def test_a_pruned_model_saves_and_loads(tmp_path, prune):
+    model, image = create(max_zoom=np.float32(3)), torch.randn(1, 3, 160, 160)
+    model.prune_intermediate_layers([0, 1], **prune)
+    timm_apvit.save_pretrained(model, tmp_path)
+    loaded = timm.create_model(f'local-dir:{tmp_path}', pretrained=True).eval()
+    torch.testing.assert_close(loaded(image), model(image), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize('change', [{'reg_tokens': 2}, {'class_token': False, 'global_pool': 'avg'}])
+def test_other_prefix_tokens_are_refused_by_name(tmp_path, change):
+    timm_apvit.save_pretrained(create(), tmp_path)
+    with pytest.raises(ValueError, match=r'prefix tokens and a grid, got .*pos_embed.*\[1, 101, 64\].*cls_token'):
+        timm.create_model(f'local-dir:{tmp_path}', pretrained=True, **change)
 
 
 def test_no_state_is_left_by_a_forward():

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Optional, Union
 
 from timm.models._hub import save_for_hf
+from torch import nn
 
 from timm_apvit.vision_transformer import APViT
 
@@ -17,14 +18,18 @@ def reconstruction_args(model: APViT) -> dict[str, Any]:
     Raises:
         ValueError: the model was made with an argument that config.json cannot hold.
     """
-    args = {k: v for k, v in model._model_args.items() if k != 'num_classes' and not k.endswith('_rate')}
+    recorded = {**model._model_args, **model.adaptive_args()}
+    args = {k: v for k, v in recorded.items() if k != 'num_classes' and not k.endswith('_rate')}
     for name, value in args.items():
         try:
             json.dumps(value)
         except TypeError:
             raise ValueError(f'expected arguments that config.json can hold, got {name}={value!r}') from None
     in_chans, img_size = model.patch_embed.patching.in_chans, list(model.patch_embed.img_size)
-    return {**args, 'in_chans': in_chans, 'img_size': img_size, 'global_pool': model.global_pool}
+    now = {'in_chans': in_chans, 'img_size': img_size, 'global_pool': model.global_pool, 'depth': len(model.blocks)}
+    if isinstance(model.norm, nn.Identity) and isinstance(model.fc_norm, nn.Identity):
+        now['final_norm'] = False
+    return {**args, **now}
 
 
 def save_pretrained(

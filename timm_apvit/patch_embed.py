@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from timm.layers import PatchEmbed
 from torch import Tensor, nn
 
-from timm_apvit.coords import NumPatches, anchors, check_num_patches, layout_grid, resolve_layout
+from timm_apvit.coords import NumPatches, anchors, check_num_patches, check_patch_size, layout_grid, resolve_layout
 from timm_apvit.localizer import ZeroLinear
 from timm_apvit.patching import AdaptivePatching
 from timm_apvit.transforms import PatchGeometry
@@ -102,7 +102,7 @@ class AdaptivePatchEmbed(PatchEmbed):  # type: ignore[misc]
     ) -> None:
         super().__init__(
             img_size=img_size,
-            patch_size=patch_size,
+            patch_size=check_patch_size(patch_size),
             in_chans=in_chans,
             embed_dim=embed_dim,
             norm_layer=norm_layer,
@@ -161,15 +161,27 @@ class AdaptivePatchEmbed(PatchEmbed):  # type: ignore[misc]
         grid = self.dynamic_feat_size(img_size)  # the default number of patches follows the input
         return grid, (grid[0] * grid[1], grid[0])
 
+    def canvas_size(self, img_size: tuple[int, int]) -> tuple[int, int]:
+        """What of an image ``(H, W)``, from its top-left corner, a default number of patches tiles.
+
+        Not always the image: as in timm, ``dynamic_img_pad`` pads it, and an ``img_size`` that is no multiple of the
+        patch size loses the rest of its rows and columns.
+        """
+        grid, _ = self.anchor_layout(img_size)
+        pads = self.layout is None and self.dynamic_img_pad
+        crops = self.layout is not None and self.requested is None and img_size == (self.img_size[0], self.img_size[1])
+        if pads or crops:
+            return grid[0] * self.patch_size[0], grid[1] * self.patch_size[1]
+        return img_size
+
     def forward(self, x: Tensor) -> PatchTokens:
         """Embed the patches of a batch of images ``(B, C, H, W)``."""
         if self.strict_img_size and (x.shape[-2] != self.img_size[0] or x.shape[-1] != self.img_size[1]):
             raise ValueError(f'expected images of size {self.img_size}, got {list(x.shape)}')
         base_grid, layout = self.anchor_layout((x.shape[-2], x.shape[-1]))
-        if self.layout is None and self.dynamic_img_pad:
-            pad_h = base_grid[0] * self.patch_size[0] - x.shape[-2]
-            pad_w = base_grid[1] * self.patch_size[1] - x.shape[-1]
-            x = F.pad(x, [0, pad_w, 0, pad_h])
+        canvas = self.canvas_size((x.shape[-2], x.shape[-1]))
+        if canvas[0] != x.shape[-2] or canvas[1] != x.shape[-1]:
+            x = F.pad(x, [0, canvas[1] - x.shape[-1], 0, canvas[0] - x.shape[-2]])
 
         patches, geometry = self.patching(x, layout)
         weight = self.proj.weight
@@ -193,7 +205,7 @@ def complete_state_dict(module: nn.Module, state_dict: dict[str, Any], prefix: s
     predicted = {key.rpartition('.')[0] for key in state_dict if '.localizer.head.' in key}
     for key, value in own.items():
         field = key.rpartition('.')[0]
-        if plain:
+        if plain and not value.is_meta:  # what holds no value is reported as missing
             state_dict[key] = value
         # Every family predicts the shift: a checkpoint without it is not of a smaller family, but broken.
         elif '.localizer.head.' in key and field not in predicted and not field.endswith('.shift'):

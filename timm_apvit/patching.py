@@ -66,6 +66,11 @@ class AdaptivePatching(nn.Module):
         self.localizer = Localizer(self.transform.fields, in_chans, device=device, dtype=dtype)
 
     @torch.jit.ignore
+    def bounds(self) -> dict[str, Any]:
+        """The arguments that say what patches may do."""
+        return {'transform': self.transform.name, 'jitter': self.jitter, **self.transform.bounds}
+
+    @torch.jit.ignore
     def set_num_patches(self, num_patches: NumPatches) -> None:
         """Take N or ``(gh, gw)`` patches from now on.
 

@@ -115,8 +115,10 @@ def inward_clamp(x: Tensor, low: Tensor, high: Tensor) -> Tensor:
     A plain clamp passes nothing to what lies outside, and minimum / maximum half at a tie: a border patch, which starts
     exactly at its bound, would never move.
     """
-    if torch.jit.is_scripting():  # TorchScript has no gradients of our own: there, outward ones pass as well
-        return x + (torch.minimum(torch.maximum(x, low), high) - x).detach()
+    if torch.jit.is_scripting():
+        # TorchScript has no gradients of our own: there, those that lead outwards pass as well.
+        value = torch.where(x < low, low, torch.where(x > high, high, x))
+        return value + torch.where((x < low) | (x > high), x - x.detach(), torch.zeros_like(x))
     clamped: Tensor = _InwardClamp.apply(x, low, high)
     return clamped
 
@@ -179,21 +181,24 @@ class PatchTransform(nn.Module):
         max_shear: float = 0.5,
     ) -> None:
         super().__init__()
-        if name not in TRANSFORMS:
+        if not isinstance(name, str) or name not in TRANSFORMS:
             raise ValueError(f'expected transform to be one of {", ".join(TRANSFORMS)}, got {name!r}')
         self.name = name
         self.fields = list(TRANSFORMS[name])
-        self.max_shift = check_number('max_shift', max_shift, 0)
-        self.max_log_zoom = math.log(check_number('max_zoom', max_zoom, 1))
-        self.max_rotation = math.radians(check_number('max_rotation', max_rotation, 0, 180))
-        self.max_shear = check_number('max_shear', max_shear, 0)
+        self.bounds = {
+            'max_shift': check_number('max_shift', max_shift, 0),
+            'max_zoom': check_number('max_zoom', max_zoom, 1),
+            'max_rotation': check_number('max_rotation', max_rotation, 0, 180),
+            'max_shear': check_number('max_shear', max_shear, 0),
+        }
+        self.max_shift = self.bounds['max_shift']
+        self.max_log_zoom = math.log(self.bounds['max_zoom'])
+        self.max_rotation = math.radians(self.bounds['max_rotation'])
+        self.max_shear = self.bounds['max_shear']
 
     def extra_repr(self) -> str:
         """Show the family and its bounds."""
-        return (
-            f'{self.name!r}, max_shift={self.max_shift:g}, max_zoom={math.exp(self.max_log_zoom):g}, '
-            f'max_rotation={math.degrees(self.max_rotation):g}, max_shear={self.max_shear:g}'
-        )
+        return ', '.join([repr(self.name), *(f'{name}={value:g}' for name, value in self.bounds.items())])
 
     def max_footprint(self, layout: tuple[int, int], image_size: tuple[int, int], patch_size: tuple[int, int]) -> float:
         """Upper bound of `footprint` over all parameters, for the anchors of a layout."""

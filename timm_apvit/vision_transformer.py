@@ -70,7 +70,7 @@ class APViT(VisionTransformer):  # type: ignore[misc]
         max_shear: float = 0.5,
         **kwargs: Any,
     ) -> None:
-        patching = {
+        patching: dict[str, Any] = {
             'transform': transform,
             'jitter': jitter,
             'max_shift': max_shift,
@@ -81,7 +81,12 @@ class APViT(VisionTransformer):  # type: ignore[misc]
         super().__init__(embed_layer=partial(AdaptivePatchEmbed, num_patches=num_patches, patching=patching), **kwargs)
         # What rebuilds this model; timm < 1.0.31 records nothing by itself.
         self._model_args = {k: v for k, v in kwargs.items() if k not in ('device', 'dtype')}
-        self._record(**patching, num_patches=self.patch_embed.requested)
+        self._record(**self.adaptive_args())
+
+    @torch.jit.ignore
+    def adaptive_args(self) -> dict[str, Any]:
+        """Adaptive arguments of ``create_model`` that rebuild this model as it is now; config.json can hold them."""
+        return {'num_patches': self.patch_embed.requested, **self.patch_embed.patching.bounds()}
 
     @property
     def num_patches(self) -> int:
@@ -103,14 +108,10 @@ class APViT(VisionTransformer):  # type: ignore[misc]
     def patch_geometry(self, x: Tensor) -> PatchGeometry:
         """Where the patches of a batch of images ``(B, C, H, W)`` lie; of a forward in eval mode, or without jitter."""
         geometry: PatchGeometry = self.patch_embed(x).geometry
-        if self.patch_embed.layout is None and self.patch_embed.dynamic_img_pad:
-            # From the frame of the padded image to that of the image; angles and shear are measured in pixels.
-            grid, patch, size = (
-                self.patch_embed.dynamic_feat_size(x.shape[-2:]),
-                self.patch_embed.patch_size,
-                x.shape[-2:],
-            )
-            ratio = x.new_tensor([grid[1] * patch[1] / size[1], grid[0] * patch[0] / size[0]], dtype=torch.float32)
+        size = (x.shape[-2], x.shape[-1])
+        canvas = self.patch_embed.canvas_size(size)
+        if canvas != size:  # from the frame of what the patches tile to that of the image; angles are those of pixels
+            ratio = x.new_tensor([canvas[1] / size[1], canvas[0] / size[0]], dtype=torch.float32)
             geometry = geometry._replace(
                 centres=(geometry.centres + 1) * ratio - 1,
                 extents=geometry.extents * ratio,

@@ -26,7 +26,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: VisionTransformer) -
         ValueError: keys are missing or unexpected, or a first convolution has other input channels than 3 or the
             model's.
     """
-    fitted: dict[str, Any] = vit_checkpoint_filter_fn(state_dict, model)
+    fitted = _fit_layout(state_dict, model)
     _fit_channels(fitted, model)
     complete_state_dict(model.patch_embed, fitted, 'patch_embed.')
 
@@ -45,6 +45,21 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: VisionTransformer) -
             f'expected a checkpoint of a ViT or an APViT that fits this {type(model).__name__}; '
             f'missing keys: {_listed(missing)}; unexpected keys: {_listed(unexpected)}'
         )
+    return fitted
+
+
+def _fit_layout(state_dict: dict[str, Any], model: VisionTransformer) -> dict[str, Any]:
+    """Timm's own filter, which fails on other prefix tokens without a name: here they are named."""
+    try:
+        fitted: dict[str, Any] = vit_checkpoint_filter_fn(state_dict, model)
+    except RuntimeError as error:
+        shapes = {
+            key: list(state_dict[key].shape) for key in ('pos_embed', 'cls_token', 'reg_token') if key in state_dict
+        }
+        num_prefix_tokens = 0 if model.no_embed_class else model.num_prefix_tokens
+        raise ValueError(
+            f'expected a pos_embed of {num_prefix_tokens} prefix tokens and a grid, got a checkpoint with {shapes}'
+        ) from error
     return fitted
 
 
