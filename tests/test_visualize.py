@@ -41,20 +41,22 @@ def test_convention_images_are_upright_and_outlines_in_pixels() -> None:
     figure = plot_patches(images, geometry, ['a title'])
     left, right = figure.axes
     pixels = render(figure)
+    assert tuple(pixels[pixel_at(figure, left, (1, 1))]) == (255, 0, 0)
+    assert tuple(pixels[pixel_at(figure, left, (1, 19))]) == (0, 0, 0)
+    assert tuple(pixels[pixel_at(figure, left, (39, 1))]) == (0, 0, 0)
     for axis in (left, right):
-        assert tuple(pixels[pixel_at(figure, axis, (1, 1))]) == (255, 0, 0)
-        assert tuple(pixels[pixel_at(figure, axis, (1, 19))]) == (0, 0, 0)
-        assert tuple(pixels[pixel_at(figure, axis, (39, 1))]) == (0, 0, 0)
         top, bottom = pixel_at(figure, axis, (0, 0))[0], pixel_at(figure, axis, (0, 20))[0]
         assert top < bottom
     assert left.get_title() == 'a title'
 
-    (lines,) = right.collections
+    lines, dots = right.collections
     assert isinstance(lines, LineCollection)
     drawn = np.stack(lines.get_segments())
     corners = torch.tensor([[-1.0, -1.0], [1.0, -1.0], [1.0, 1.0], [-1.0, 1.0], [-1.0, -1.0]])
     expected = (geometry.points(corners)[0] + 1) / 2 * torch.tensor([40.0, 20.0])
     np.testing.assert_allclose(drawn, expected.detach().numpy(), atol=1e-4)
+    middles = (geometry.centres[0] + 1) / 2 * torch.tensor([40.0, 20.0])
+    np.testing.assert_allclose(dots.get_offsets(), middles.detach().numpy(), atol=1e-4)
     assert not left.collections
 
 
@@ -70,7 +72,7 @@ def test_figure_has_a_pair_for_each_image_and_holds_any_budget() -> None:
     images = torch.rand(3, 1, 16, 24)
     figure = plot_patches(images, geometry_of(images, num_patches=196), titles=['1', '2', '3'], pairs_per_row=2)
     assert len(figure.axes) == 8
-    assert [len(axis.collections) for axis in figure.axes] == [0, 1, 0, 1, 0, 1, 0, 0]
+    assert [len(axis.collections) for axis in figure.axes] == [0, 2, 0, 2, 0, 2, 0, 0]
     assert render(figure).std() > 0
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from timm_apvit.transforms import PatchGeometry
@@ -20,7 +21,7 @@ def plot_patches(
     titles: Sequence[str] | None = None,
     pairs_per_row: int = 2,
 ) -> 'Figure':
-    """Draw images and their patches: ``(B, C, H, W)`` -> B pairs, an image and the same with every patch's outline.
+    """Draw images and their patches: ``(B, C, H, W)`` -> B pairs: an image, and it with every patch's outline and centre.
 
     Convention:
         As on the screen: x points right and y points down, in pixels; (0, 0) is the image's top-left corner.
@@ -50,7 +51,11 @@ def plot_patches(
 
     height, width = images.shape[-2:]
     # From [-1, 1] over pixel edges to pixels.
-    outlines = (geometry.outlines().detach().double().cpu() + 1) / 2 * images.new_tensor([width, height]).double().cpu()
+    size = torch.tensor([width, height]).double()
+    outlines, centres = (
+        (points.detach().double().cpu() + 1) / 2 * size for points in (geometry.outlines(), geometry.centres)
+    )
+    colours = [PALETTE[n % len(PALETTE)] for n in range(centres.shape[1])]
     pixels = images.detach().float().cpu().clamp(0, 1).permute(0, 2, 3, 1)
     pairs_per_row = min(pairs_per_row, len(images))
     rows = -(-len(images) // pairs_per_row)
@@ -58,15 +63,16 @@ def plot_patches(
     axes = figure.subplots(rows, 2 * pairs_per_row, squeeze=False).reshape(-1, 2)
     for pair in axes[len(images) :].flat:
         pair.set_axis_off()
-    line_width = 1.5 if outlines.shape[1] <= 64 else 0.75
+    line_width = 1.2 if outlines.shape[1] <= 64 else 0.6
     for n, pair in enumerate(axes[: len(images)]):
         for axis in pair:
             axis.imshow(pixels[n].numpy(), cmap='gray', vmin=0, vmax=1, extent=(0, width, height, 0))
             axis.set(xticks=[], yticks=[], xlim=(0, width), ylim=(height, 0))
-        lines = LineCollection(list(outlines[n].numpy()), colors=PALETTE, linewidths=line_width)
+        lines = LineCollection(list(outlines[n].numpy()), colors=colours, linewidths=line_width)
         # A dark rim keeps every colour visible on bright ground.
         lines.set_path_effects([withStroke(linewidth=2 * line_width, foreground='black')])
         pair[1].add_collection(lines)
+        pair[1].scatter(*centres[n].T.numpy(), s=20 * line_width, c=colours, edgecolors='black', zorder=3)
         if titles is not None:
             pair[0].set_title(titles[n], fontsize=9)
     return figure
