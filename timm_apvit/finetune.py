@@ -110,6 +110,7 @@ def with_defaults(options: Options) -> Options:
             changes['model_kwargs'] = {**defaults.EMBEDDED_MODEL_KWARGS, **options.model_kwargs}
             changes['img_size'] = options.img_size or defaults.EMBEDDED_IMG_SIZE
             changes['num_patches'] = options.num_patches or defaults.EMBEDDED_NUM_PATCHES
+            changes['transform'] = options.transform or defaults.EMBEDDED_TRANSFORM
     fine_tuned = options.pretrained or options.checkpoint is not None
     epochs = options.epochs or (6 if embedded else 10)
     scratch_lr = 2e-3 if embedded else 1e-3

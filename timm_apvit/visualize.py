@@ -21,7 +21,7 @@ def plot_patches(
     titles: Sequence[str] | None = None,
     pairs_per_row: int = 2,
 ) -> 'Figure':
-    """Draw images and their patches: ``(B, C, H, W)`` -> B pairs: an image, and it with every patch's outline and centre.
+    """Draw images and patches: ``(B, C, H, W)`` -> B pairs, an image, and it with each patch's outline and centre.
 
     Convention:
         As on the screen: x points right and y points down, in pixels; (0, 0) is the image's top-left corner.
