@@ -74,3 +74,8 @@ def assert_equal_up_to_rounding(actual: Tensor, expected: Tensor) -> None:
     """Within 1e-4 of the standard deviation of what is expected."""
     assert actual.shape == expected.shape
     assert relative(actual - expected, expected) <= 1e-4
+
+
+def create(name: str = 'test_apvit', **kwargs: object) -> nn.Module:
+    """An APViT in eval mode whose patches have moved."""
+    return move_patches(timm.create_model(name, **kwargs), std=0.3).eval()

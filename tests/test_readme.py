@@ -1,0 +1,37 @@
+"""What the README and the docstrings show runs."""
+
+import doctest
+import re
+from pathlib import Path
+
+import pytest
+
+import timm_apvit
+from timm_apvit import patching, pos_embed
+
+README = Path(__file__).parents[1] / 'README.md'
+
+
+@pytest.mark.parametrize('block', re.findall(r'```python\n(.*?)```', README.read_text(), re.DOTALL), ids=range(2))
+def test_snippets_run(block, tmp_path, monkeypatch):
+    """As they stand, but for the weights, which would come from the Hub."""
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {}
+    exec(block.replace("'apvit_small', pretrained=True", "'apvit_small'"), names)
+    if 'model' in names:
+        assert names['model'].num_patches == 49
+        assert names['logits'].shape == (1, 1000)
+    else:
+        assert names['logits'].shape == (2, 1000)
+
+
+@pytest.mark.parametrize('module', [patching, pos_embed])
+def test_docstring_examples_run(module):
+    result = doctest.testmod(module)
+    assert result.attempted > 0
+    assert result.failed == 0
+
+
+def test_every_public_name_is_documented():
+    for name in set(timm_apvit.__all__) - {'TRANSFORMS', '__version__'}:
+        assert getattr(timm_apvit, name).__doc__
