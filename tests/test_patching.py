@@ -49,7 +49,8 @@ def test_results_do_not_depend_on_the_batch():
     shuffled, _ = patching(image[order])
     torch.testing.assert_close(shuffled, patches[order], rtol=0, atol=1e-4)
     alone, alone_geometry = patching(image[1:2])
-    torch.testing.assert_close(alone, patches[1:2], rtol=0, atol=1e-4)
+    # A batch of another size may take another convolution kernel: positions differ by rounding, and noise magnifies it.
+    torch.testing.assert_close(alone, patches[1:2], rtol=0, atol=1e-3)
     torch.testing.assert_close(alone_geometry.centres, geometry.centres[1:2], rtol=0, atol=1e-5)
     assert (geometry.centres[0] - geometry.centres[1]).abs().max() > 0.01  # yet images do differ
 

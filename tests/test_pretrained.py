@@ -141,7 +141,7 @@ CHANGES = {
 def test_saved_model_comes_back_bit_for_bit(kwargs, change, tmp_path):
     model = timm.create_model('test_apvit', **kwargs)
     CHANGES[change](model)
-    timm_apvit.save_pretrained(randomise(model), tmp_path, std=0.1).eval()
+    timm_apvit.save_pretrained(randomise(model, std=0.1).eval(), tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {'config.json', 'model.safetensors'}
     models = [timm.create_model(f'local-dir:{tmp_path}', pretrained=True)]
     assert models[0].num_patches == model.num_patches

@@ -79,7 +79,7 @@ def test_geometry_of_a_padded_image_is_that_of_the_image():
 
 @pytest.mark.parametrize('num', [None, 7])
 def test_compiles_without_a_graph_break_and_exports(num):
-    model, image = create(num_patches=num, num_classes=5), torch.randn(2, 3, 96, 96)
+    model, image = create(num_patches=num, num_classes=5, depth=2), torch.randn(2, 3, 96, 96)
     compiled = torch.compile(model, fullgraph=True, backend='aot_eager')
     expected, actual = model(image), compiled(image)
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5)
