@@ -198,3 +198,25 @@ def test_rejects_channels_that_image_files_do_not_have(folder: Path) -> None:
         load_folder(folder, 0, {**CONFIG, 'input_size': (5, 24, 24)})
     grey = load_folder(folder, 0, {**CONFIG, 'input_size': (1, 24, 24), 'mean': (0.5,), 'std': (0.5,)})
     assert grey.train[0][0].shape == (1, 24, 24)
+
+
+def test_a_class_is_the_folder_right_below_and_hidden_files_are_left_out(tmp_path: Path) -> None:
+    for split in ('train', 'val'):
+        for name in ('a/1.png', 'a/more/2.webp', 'a/.cache/3.png', 'b/inner/4.bmp', 'b/._5.png', '.hidden/6.png'):
+            path = tmp_path / split / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new('RGB', (8, 8)).save(path)
+    splits = load_folder(tmp_path, 0, CONFIG)
+    assert splits.label_names == ('a', 'b')
+    assert len(splits.train) == len(splits.test) == 3
+
+
+def test_images_of_16_bits_keep_their_contrast(tmp_path: Path) -> None:
+    ramp = np.linspace(0, 65535, 64 * 64).reshape(64, 64).astype(np.uint16)
+    for split in ('train', 'val'):
+        for name in 'ab':
+            (tmp_path / split / name).mkdir(parents=True)
+            Image.fromarray(ramp).save(tmp_path / split / name / '1.png')
+    image, _ = load_folder(tmp_path, 0, CONFIG).test[0]
+    middle = (torch.tensor([0.5]) - torch.tensor(CONFIG['mean'])) / torch.tensor(CONFIG['std'])
+    assert (image.mean(dim=(1, 2)) - middle).abs().max() < 0.1

@@ -262,3 +262,31 @@ def test_loss_that_is_not_finite_stops_the_run_before_it_spoils_the_weights(
 def test_numbers_of_patches_are_parsed() -> None:
     assert parse_num_patches('49') == 49
     assert parse_num_patches('3x7') == (3, 7)
+
+
+def test_resume_refuses_other_classes_and_takes_its_own_options(tmp_path, capsys):
+    data, output = tmp_path / 'data', tmp_path / 'run'
+    for split in ('train', 'val'):
+        for name in 'ab':
+            (data / split / name).mkdir(parents=True)
+            Image.new('RGB', (32, 32)).save(data / split / name / '1.png')
+    own = [
+        '--model',
+        'test_apvit',
+        '--img-size',
+        '32',
+        '--epochs',
+        '1',
+        '--model-kwargs',
+        'num_patches=(2, 2)',
+        'depth=2',
+    ]
+    assert main(['finetune', str(data), *own, '--output', str(output)]) == 0
+    config = json.loads((output / 'best' / 'config.json').read_text())
+    assert config['pretrained_cfg']['input_size'] == [3, 32, 32]
+    assert main(['finetune', str(data), *own, '--resume', str(output)]) == 0
+    for split in ('train', 'val'):
+        (data / split / 'b').rename(data / split / 'c')
+    capsys.readouterr()
+    assert main(['finetune', '--resume', str(output)]) == 2
+    assert 'expected the classes that the run was trained on, a, b, got a, c' in capsys.readouterr().err

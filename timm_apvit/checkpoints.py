@@ -72,6 +72,8 @@ class CheckpointStore:
             ValueError: the state is not readable.
         """
         if not (self.directory / LAST).is_symlink():
+            if (self.directory / LAST).exists():
+                raise ValueError(f'expected a link, got {self.directory / LAST}: was the run copied without its links?')
             return None
         path = self.directory / LAST / STATE_FILE
         try:
@@ -107,6 +109,9 @@ def check_vacant(directory: Path) -> None:
         return
     if os.path.lexists(directory):
         raise FileExistsError(f'expected an output folder that does not exist yet, got {str(directory)!r}')
+    above = next(path for path in directory.absolute().parents if path.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+        raise NotADirectoryError(f'expected an output folder that can be made, got {str(directory)!r}')
 
 
 def read_options(directory: Path) -> dict[str, Any]:

@@ -13,9 +13,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from PIL import Image
-from timm.data import create_dataset, create_transform
+from timm.data import create_transform
+from timm.utils.misc import natural_key
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
+from torchvision.datasets.folder import IMG_EXTENSIONS, has_file_allowed_extension, make_dataset
 
 TRAIN_FOLDERS = ('train', 'training')
 TEST_FOLDERS = ('val', 'validation', 'valid', 'test', 'eval')
@@ -113,7 +115,8 @@ def create_batches(
 class ImageFiles(Dataset[tuple[Any, int]]):
     """Image files and their labels: ``files[index]`` -> transformed image, label.
 
-    Lists what timm's own dataset lists. That one leaves files open, and replaces a broken image by its neighbour.
+    A class is the folder right below, whatever is nested in it; what is hidden is left out. timm's own dataset takes
+    every nested folder for a class, leaves files open, and replaces a broken image by its neighbour.
 
     Args:
         folder: one sub-folder per class.
@@ -122,9 +125,18 @@ class ImageFiles(Dataset[tuple[Any, int]]):
     """
 
     def __init__(self, folder: Path, mode: str, class_to_idx: dict[str, int] | None = None) -> None:
-        reader: Any = create_dataset('', root=str(folder), search_split=False, class_map=class_to_idx).reader
-        self.samples: list[tuple[str, int]] = reader.samples
-        self.class_to_idx: dict[str, int] = reader.class_to_idx
+        if class_to_idx is None:
+            names = (path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith('.'))
+            class_to_idx = {name: n for n, name in enumerate(sorted(names, key=natural_key))}
+
+        def is_shown_image(path: str) -> bool:
+            parts = Path(path).relative_to(folder).parts
+            return has_file_allowed_extension(path, IMG_EXTENSIONS) and not any(p.startswith('.') for p in parts)
+
+        self.class_to_idx = class_to_idx
+        self.samples: list[tuple[str, int]] = []
+        if class_to_idx:
+            self.samples = make_dataset(folder, class_to_idx, is_valid_file=is_shown_image, allow_empty=True)
         self.mode = mode
         self.transform: Any = None
 
@@ -133,7 +145,10 @@ class ImageFiles(Dataset[tuple[Any, int]]):
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
         path, label = self.samples[index]
-        with Image.open(path) as image:
+        with Image.open(path) as opened:
+            image: Image.Image = opened
+            if image.mode.startswith('I'):  # of 16 bits, which Pillow would clip to 8
+                image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
             return self.transform(image.convert(self.mode)), label
 
 
@@ -180,16 +195,21 @@ def _find_split(folder: Path, names: Sequence[str]) -> Path:
 
 def _read_split(folder: Path, mode: str, class_to_idx: dict[str, int] | None = None) -> ImageFiles:
     """List the images of one split; ``class_to_idx`` are the classes of the training images, if these are others."""
-    classes = {path.name for path in folder.iterdir() if path.is_dir()}
-    if class_to_idx is not None and (unknown := sorted(classes - set(class_to_idx))):
+    files = ImageFiles(folder, mode, class_to_idx)
+    classes = {path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith('.')}
+    if unknown := sorted(classes - set(files.class_to_idx)):
         raise ValueError(f'expected only classes of the training images in {str(folder)!r}, got {", ".join(unknown)}')
-    try:
-        files = ImageFiles(folder, mode, class_to_idx)
-    except RuntimeError:
-        raise ValueError(f'expected folders of images, one for each class, in {str(folder)!r}, got no images') from None
-    if len(files.class_to_idx) < 2:
-        name = next(iter(files.class_to_idx))
+    if not files.samples:
+        raise ValueError(f'expected folders of images, one for each class, in {str(folder)!r}, got no images')
+    if class_to_idx is not None:
+        return files
+    held = {label for _, label in files.samples}
+    empty = [name for name, label in files.class_to_idx.items() if label not in held]
+    if len(held) < 2:
+        name = next(name for name, label in files.class_to_idx.items() if label in held)
         raise ValueError(f'expected images of at least 2 classes in {str(folder)!r}, got those of {name!r} only')
+    if empty:
+        raise ValueError(f'expected images in every folder in {str(folder)!r}, got none in {", ".join(empty)}')
     return files
 
 

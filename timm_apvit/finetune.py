@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import timm
 import torch
 from timm.data import resolve_data_config
-from torch import Tensor, nn
+from torch import nn
 
 from timm_apvit import options as defaults
 from timm_apvit.checkpoints import (
@@ -22,19 +22,16 @@ from timm_apvit.checkpoints import (
     create_run,
     first_line,
     read_options,
-    replacing,
     write_atomically,
 )
 from timm_apvit.data import Splits, load_folder
 from timm_apvit.digits import load_embedded_digits
 from timm_apvit.hub import save_pretrained
 from timm_apvit.options import Options, from_json, to_json
-from timm_apvit.training import Row, Schedule, best_row, train
+from timm_apvit.report import save_picture, table
+from timm_apvit.training import STATE_KEYS, Row, Schedule, best_row, train
 from timm_apvit.twin import create_twin
 from timm_apvit.vision_transformer import APViT
-from timm_apvit.visualize import plot_patches
-
-PICTURED = 8
 
 
 class Run(NamedTuple):
@@ -51,15 +48,17 @@ class Run(NamedTuple):
 
 def finetune(given: dict[str, Any]) -> int:
     """Run the command with the options given; return the exit status."""
-    if given.get('data') is not None:
-        given = {**given, 'data': str(Path(given['data']).resolve())}  # so that --resume works from any folder
     try:
-        run = prepare(given)
-    except (ValueError, OSError, ModuleNotFoundError) as error:
+        run = prepare(_with_absolute_paths(given))
+    except (ValueError, TypeError, OSError, ModuleNotFoundError) as error:
         return _fail(error, 2)
+    except KeyboardInterrupt:
+        _echo('interrupted before the training began')
+        return 130
     try:
         execute(run)
-    except (FloatingPointError, OSError) as error:
+    # RuntimeError: out of memory, and what else torch finds only when it computes.
+    except (FloatingPointError, OSError, RuntimeError) as error:
         return _fail(error, 1)
     except KeyboardInterrupt:
         _echo(f'interrupted; continue with --resume {run.directory}')
@@ -82,22 +81,47 @@ def prepare(given: dict[str, Any]) -> Run:
             raise ValueError('expected --output or --resume, got both')
         directory = Path(given['resume'])
         options = from_json(read_options(directory), given)
-        for damaged in (directory, directory / 'twin'):
-            CheckpointStore(damaged).load()
+        states = [CheckpointStore(each).load() for each in (directory, directory / 'twin')]
     else:
         options = with_defaults(Options(**given))
         default = Path('runs', f'{_file_name(options.model)}-{time.strftime("%Y%m%d-%H%M%S")}')
         directory = Path(options.output or default)
         check_vacant(directory)
+        states = []
     schedule = _schedule(options)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
 
+    json.dumps(to_json(options))  # raises TypeError before any long work
     splits, model, data_config = _load(options, schedule)
+    _check_states(states, splits)
     twin = create_twin(model, **options.model_kwargs) if options.twin else None
     if not resumed:
         create_run(directory, to_json(options))
     return Run(options, directory, model, twin, splits, data_config, schedule)
+
+
+def _with_absolute_paths(given: dict[str, Any]) -> dict[str, Any]:
+    """Options whose paths hold in any folder, so that --resume does."""
+    absolute = {
+        name: str(Path(given[name]).resolve()) for name in ('data', 'checkpoint') if given.get(name) is not None
+    }
+    source, colon, path = str(given.get('model')).partition(':')
+    if source == 'local-dir' and colon:
+        absolute['model'] = f'local-dir:{Path(path).resolve()}'
+    return {**given, **absolute}
+
+
+def _check_states(states: list[dict[str, Any] | None], splits: Splits) -> None:
+    """Raise ValueError unless saved states are those of a training on the classes that the data have now."""
+    for state in states:
+        if state is not None and not (isinstance(state, dict) and state.keys() >= STATE_KEYS):
+            raise ValueError(f'expected a saved state with {", ".join(sorted(STATE_KEYS))}, got another file')
+        if state is not None and tuple(state['label_names']) != splits.label_names:
+            raise ValueError(
+                f'expected the classes that the run was trained on, {", ".join(state["label_names"])}, '
+                f'got {", ".join(splits.label_names)}'
+            )
 
 
 def with_defaults(options: Options) -> Options:
@@ -108,9 +132,13 @@ def with_defaults(options: Options) -> Options:
         changes['model'] = defaults.EMBEDDED_MODEL if embedded else 'apvit_small'
         if embedded:
             changes['model_kwargs'] = {**defaults.EMBEDDED_MODEL_KWARGS, **options.model_kwargs}
-            changes['img_size'] = options.img_size or defaults.EMBEDDED_IMG_SIZE
-            changes['num_patches'] = options.num_patches or defaults.EMBEDDED_NUM_PATCHES
-            changes['transform'] = options.transform or defaults.EMBEDDED_TRANSFORM
+            usual = {
+                'img_size': defaults.EMBEDDED_IMG_SIZE,
+                'num_patches': defaults.EMBEDDED_NUM_PATCHES,
+                'transform': defaults.EMBEDDED_TRANSFORM,
+            }
+            changes.update({name: value for name, value in usual.items() if name not in options.model_kwargs})
+            changes.update({name: getattr(options, name) for name in usual if getattr(options, name) is not None})
     fine_tuned = options.pretrained or options.checkpoint is not None
     epochs = options.epochs or (6 if embedded else 10)
     scratch_lr = 2e-3 if embedded else 1e-3
@@ -128,7 +156,7 @@ def with_defaults(options: Options) -> Options:
 def _schedule(options: Options) -> Schedule:
     device = options.device or ('cuda' if torch.cuda.is_available() else 'cpu')
     try:
-        torch.empty(0, device=device)
+        torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f'expected a device that is there, got {device!r}: {first_line(error)}') from None
     workers = options.workers
@@ -223,10 +251,10 @@ def execute(run: Run) -> None:
         for name, own in rows.items()
     }
     write_atomically(run.directory / 'summary.json', json.dumps(summary, indent=2) + '\n')
+    _echo(table(summary))
     picture = run.directory / 'patches.png'
     best = f'local-dir:{run.directory / BEST}'
-    _save_picture(timm.create_model(best, pretrained=True), run.splits, run.data_config, picture)
-    _echo(_table(summary))
+    save_picture(timm.create_model(best, pretrained=True), run.splits, run.data_config, picture)
     _echo(f"picture     {picture}\nbest model  timm.create_model('{best}', pretrained=True)")
 
 
@@ -240,37 +268,6 @@ def _train(run: Run, model: nn.Module, name: str, directory: Path, export: Any) 
               f'test loss {row["test_loss"]:.3f}  top-1 {row["test_top1"]:.3f}  {row["seconds"]:.1f} s')  # fmt: skip
 
     return train(model, run.splits, run.schedule, CheckpointStore(directory), export, on_epoch, name)
-
-
-@torch.inference_mode()
-def _save_picture(model: APViT, splits: Splits, data_config: dict[str, Any], path: Path) -> None:
-    """Draw where the model looks in the first test images, spread over the test data."""
-    model.eval()
-    step = max(1, len(splits.test) // PICTURED)
-    samples = [splits.test[index] for index in range(0, len(splits.test), step)][:PICTURED]
-    images = torch.stack([image for image, _ in samples])
-    predicted = model(images).argmax(1).tolist()
-    titles = [
-        f'{splits.label_names[label]}, read as {splits.label_names[guess]}'
-        for (_, label), guess in zip(samples, predicted, strict=True)
-    ]
-    mean, std = (torch.tensor(data_config[key]).view(-1, 1, 1) for key in ('mean', 'std'))
-    figure = plot_patches(_shown(images * std + mean), model.patch_geometry(images), titles)
-    with replacing(path) as unfinished:
-        figure.savefig(unfinished, dpi=100)
-
-
-def _shown(images: Tensor) -> Tensor:
-    """Images as people see them, ``(B, 1 or 3, H, W)``."""
-    return images if images.shape[1] in (1, 3) else images[:, :1]
-
-
-def _table(summary: dict[str, dict[str, Any]]) -> str:
-    lines = [f'{"":<12}  patches  top-1  best top-1  seconds']
-    for name, row in summary.items():
-        numbers = f'{row["num_patches"]:>7}  {row["top1"]:.3f}  {row["best_top1"]:>10.3f}  {row["seconds"]:>7.0f}'
-        lines.append(f'{name:<12}  {numbers}')
-    return '\n'.join(lines)
 
 
 def _file_name(name: str | None) -> str:

@@ -63,18 +63,19 @@ def save_pretrained(
         save_for_hf(
             model, unfinished, model_config=config, model_args=reconstruction_args(model), safe_serialization=True
         )
-        _mend_config(Path(unfinished, 'config.json'), model.patch_embed.patching.in_chans)
+        _mend_config(Path(unfinished, 'config.json'), model.patch_embed.patching.in_chans, model.patch_embed.img_size)
         for name in ('model.safetensors', 'config.json'):
             Path(unfinished, name).replace(target / name)
 
 
-def _mend_config(path: Path, in_chans: int) -> None:
-    """Mend what some releases of timm write and cannot read back."""
+def _mend_config(path: Path, in_chans: int, img_size: tuple[int, int]) -> None:
+    """Mend what some releases of timm write and cannot read back, and the size that images are to have."""
     config = json.loads(path.read_text())
     # timm 1.0.31 repeats num_classes here, and transformers then passes it twice.
     config['model_args'].pop('num_classes', None)
     pretrained_cfg = config['pretrained_cfg']
-    pretrained_cfg['input_size'] = [in_chans, *pretrained_cfg['input_size'][1:]]
+    pretrained_cfg['input_size'] = [in_chans, *img_size]
+    pretrained_cfg.pop('test_input_size', None)
     if in_chans != 3:
         # timm < 1.0.31 takes any first convolution for one of 3 channels and drops weights that it cannot convert.
         pretrained_cfg['first_conv'] = None

@@ -2,6 +2,7 @@
 
 import argparse
 import ast
+import json
 import math
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
@@ -170,12 +171,31 @@ def from_json(saved: dict[str, Any], given: dict[str, Any]) -> Options:
     known = {f.name for f in fields(Options)}
     if unknown := sorted(set(saved) - known):
         raise ValueError(f'expected options of this version, got the unknown {", ".join(unknown)}')
-    saved = {name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()}
-    differing = [name for name, value in given.items() if name not in RUNTIME_OPTIONS and saved.get(name) != value]
+    if missing := sorted(known - set(saved) - RUNTIME_OPTIONS):
+        raise ValueError(f'expected the options of a run, got none for {", ".join(missing)}')
+    differing = [
+        name for name, value in given.items() if name not in RUNTIME_OPTIONS and not _agree(saved[name], value)
+    ]
     if differing:
         texts = [f'{_flag(name)} {given[name]} (the run has {saved.get(name)})' for name in differing]
         raise ValueError(f'expected the options of the run that is resumed, got {", ".join(texts)}')
-    return Options(**{**saved, **{name: value for name, value in given.items() if name in RUNTIME_OPTIONS}})
+    runtime = {name: value for name, value in given.items() if name in RUNTIME_OPTIONS}
+    return Options(**{**_tuples(saved), **runtime})
+
+
+def _tuples(value: Any) -> Any:
+    """What JSON read back, with tuples for its lists."""
+    if isinstance(value, dict):
+        return {key: _tuples(item) for key, item in value.items()}
+    return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
+
+
+def _agree(saved: Any, given: Any) -> bool:
+    """Whether a given option is the saved one; of arguments of the model, those that are given."""
+    given = json.loads(json.dumps(given))
+    if isinstance(given, dict):
+        return all(name in saved and saved[name] == value for name, value in given.items())
+    return bool(saved == given)
 
 
 def _flag(name: str) -> str:

@@ -21,6 +21,8 @@ from timm_apvit.checkpoints import CheckpointStore
 from timm_apvit.data import Splits, create_batches, seed_from
 
 CLIP_GRAD_NORM = 1.0
+# What a saved state holds.
+STATE_KEYS = {'model', 'optimizer', 'rows', 'label_names'}
 
 Row = dict[str, float]
 
@@ -113,10 +115,13 @@ def train(
         updates = epoch * updates_per_epoch
         train_loss = _train_epoch(model, batches, optimizer, scheduler, updates, f'{name} {epoch + 1}')
         test_loss, test_top1 = evaluate(model, splits, schedule)
+        if not math.isfinite(test_loss):
+            raise FloatingPointError(f'the test loss became {test_loss} after epoch {epoch + 1}; try a lower --lr')
         lr = max(group['lr'] for group in optimizer.param_groups)
         row = {'epoch': epoch + 1, 'lr': lr, 'train_loss': train_loss, 'test_loss': test_loss, 'test_top1': test_top1}
         rows.append({**row, 'seconds': round(time.monotonic() - start, 2)})
         state = {'model': model.state_dict(), 'optimizer': optimizer.state_dict(), 'rows': rows}
+        state['label_names'] = list(splits.label_names)
         store.save(_version(epoch + 1), state, _version(_best(rows)), export)
         on_epoch(rows)
     return rows

@@ -74,5 +74,5 @@ def plot_patches(
         pair[1].add_collection(lines)
         pair[1].scatter(*centres[n].T.numpy(), s=20 * line_width, c=colours, edgecolors='black', zorder=3)
         if titles is not None:
-            pair[0].set_title(titles[n], fontsize=9)
+            pair[0].set_title(titles[n], fontsize=9, parse_math=False)
     return figure

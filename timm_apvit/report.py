@@ -1,0 +1,46 @@
+"""What a run reports: the table of accuracies and the picture of where the patches look."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from timm_apvit.checkpoints import replacing
+from timm_apvit.data import Splits
+from timm_apvit.vision_transformer import APViT
+from timm_apvit.visualize import plot_patches
+
+PICTURED = 8
+
+
+@torch.inference_mode()
+def save_picture(model: APViT, splits: Splits, data_config: dict[str, Any], path: Path) -> None:
+    """Draw where the model looks in the first test images, spread over the test data."""
+    model.eval()
+    step = max(1, len(splits.test) // PICTURED)
+    samples = [splits.test[index] for index in range(0, len(splits.test), step)][:PICTURED]
+    images = torch.stack([image for image, _ in samples])
+    predicted = model(images).argmax(1).tolist()
+    titles = [
+        f'{splits.label_names[label]}, read as {splits.label_names[guess]}'
+        for (_, label), guess in zip(samples, predicted, strict=True)
+    ]
+    mean, std = (torch.tensor(data_config[key]).view(-1, 1, 1) for key in ('mean', 'std'))
+    figure = plot_patches(_shown(images * std + mean), model.patch_geometry(images), titles)
+    with replacing(path) as unfinished:
+        figure.savefig(unfinished, dpi=100)
+
+
+def _shown(images: Tensor) -> Tensor:
+    """Images as people see them, ``(B, 1 or 3, H, W)``."""
+    return images if images.shape[1] in (1, 3) else images[:, :1]
+
+
+def table(summary: dict[str, dict[str, Any]]) -> str:
+    """Accuracy, tokens and time of each contestant, a line each."""
+    lines = [f'{"":<12}  patches  top-1  best top-1  seconds']
+    for name, row in summary.items():
+        numbers = f'{row["num_patches"]:>7}  {row["top1"]:.3f}  {row["best_top1"]:>10.3f}  {row["seconds"]:>7.0f}'
+        lines.append(f'{name:<12}  {numbers}')
+    return '\n'.join(lines)
