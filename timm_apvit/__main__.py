@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from timm_apvit import __version__
-from timm_apvit.finetune import finetune
-from timm_apvit.options import add_arguments
+from timm_apvit.finetuning.command import finetune
+from timm_apvit.finetuning.options import add_arguments
 
 
 class _Parser(argparse.ArgumentParser):

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from timm_apvit.checkpoints import replacing
-from timm_apvit.data import Splits
+from timm_apvit.finetuning.checkpoints import replacing
+from timm_apvit.finetuning.data import Splits
 from timm_apvit.vision_transformer import APViT
 from timm_apvit.visualize import plot_patches
 

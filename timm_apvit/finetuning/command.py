@@ -14,8 +14,8 @@ import torch
 from timm.data import resolve_data_config
 from torch import nn
 
-from timm_apvit import options as defaults
-from timm_apvit.checkpoints import (
+from timm_apvit.finetuning import options as defaults
+from timm_apvit.finetuning.checkpoints import (
     BEST,
     CheckpointStore,
     check_vacant,
@@ -24,13 +24,13 @@ from timm_apvit.checkpoints import (
     read_options,
     write_atomically,
 )
-from timm_apvit.data import Splits, load_folder
-from timm_apvit.digits import load_embedded_digits
+from timm_apvit.finetuning.data import Splits, load_folder
+from timm_apvit.finetuning.digits import load_embedded_digits
+from timm_apvit.finetuning.options import Options, from_json, to_json
+from timm_apvit.finetuning.report import save_picture, table
+from timm_apvit.finetuning.training import STATE_KEYS, Row, Schedule, best_row, train
+from timm_apvit.finetuning.twin import create_twin
 from timm_apvit.hub import save_pretrained
-from timm_apvit.options import Options, from_json, to_json
-from timm_apvit.report import save_picture, table
-from timm_apvit.training import STATE_KEYS, Row, Schedule, best_row, train
-from timm_apvit.twin import create_twin
 from timm_apvit.vision_transformer import APViT
 
 

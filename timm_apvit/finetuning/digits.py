@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from timm_apvit.data import Samples, Splits
+from timm_apvit.finetuning.data import Samples, Splits
 
 # The test digits are the same whatever the seed of a run, so that no run is tested on digits another was trained on.
 SPLIT_SEED = 0

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from timm_apvit.checkpoints import CheckpointStore, check_vacant, create_run, read_options, write_atomically
+from timm_apvit.finetuning.checkpoints import CheckpointStore, check_vacant, create_run, read_options, write_atomically
 
 TRAINED = {'w': torch.arange(3.0)}
 

@@ -17,8 +17,8 @@ from timm.scheduler import create_scheduler_v2
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from timm_apvit.checkpoints import CheckpointStore
-from timm_apvit.data import Splits, create_batches, seed_from
+from timm_apvit.finetuning.checkpoints import CheckpointStore
+from timm_apvit.finetuning.data import Splits, create_batches, seed_from
 
 CLIP_GRAD_NORM = 1.0
 # What a saved state holds.

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 import timm_apvit
-from timm_apvit.twin import create_twin, fixed_grid
+from timm_apvit.finetuning.twin import create_twin, fixed_grid
 
 
 def make(**kwargs: object) -> timm_apvit.APViT:

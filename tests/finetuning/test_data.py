@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 from timm.data import create_transform
 
-from timm_apvit.data import Samples, SeededSamples, Splits, create_batches, load_folder
-from timm_apvit.digits import ClutteredDigits, load_embedded_digits
+from timm_apvit.finetuning.data import Samples, SeededSamples, Splits, create_batches, load_folder
+from timm_apvit.finetuning.digits import ClutteredDigits, load_embedded_digits
 
 CONFIG = {
     'input_size': (3, 24, 24),

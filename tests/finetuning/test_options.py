@@ -1,7 +1,7 @@
 """Options: defaults that depend on others."""
 
-from timm_apvit.finetune import with_defaults
-from timm_apvit.options import Options
+from timm_apvit.finetuning.command import with_defaults
+from timm_apvit.finetuning.options import Options
 
 
 def test_embedded_defaults_give_way_to_model_kwargs():

@@ -13,10 +13,10 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from timm_apvit import training
 from timm_apvit.__main__ import main
-from timm_apvit.finetune import execute, prepare
-from timm_apvit.options import parse_num_patches
+from timm_apvit.finetuning import training
+from timm_apvit.finetuning.command import execute, prepare
+from timm_apvit.finetuning.options import parse_num_patches
 
 TINY = '--model test_apvit --img-size 32 --num-patches 2 --samples 32 --test-samples 16 --batch-size 16 --epochs 2'
 TINY += ' --model-kwargs drop_path_rate=0.1 jitter=0.1 --threads 1 --workers 0 --device cpu --twin'

@@ -1,0 +1,1 @@
+"""The fine-tuning command: data, training loop, checkpoints and reports."""
