@@ -14,9 +14,10 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from timm_apvit.__main__ import main
-from timm_apvit.finetuning import training
-from timm_apvit.finetuning.command import execute, prepare
-from timm_apvit.finetuning.options import parse_num_patches
+from timm_apvit.finetuning import learner
+from timm_apvit.finetuning.command import execute
+from timm_apvit.finetuning.parsing import parse_num_patches
+from timm_apvit.finetuning.preparation import opened, prepare
 
 TINY = '--model test_apvit --img-size 32 --num-patches 2 --samples 32 --test-samples 16 --batch-size 16 --epochs 2'
 TINY += ' --model-kwargs drop_path_rate=0.1 jitter=0.1 --threads 1 --workers 0 --device cpu --twin'
@@ -108,7 +109,7 @@ def test_vit_checkpoint_to_tuned_model_and_back(tmp_path: Path) -> None:
     arguments = {
         'model': 'apvit_tiny',
         'checkpoint': str(tmp_path / 'vit.safetensors'),
-        'num_patches': 49,
+        'num_patches': (49,),
         'samples': 8,
         'test_samples': 8,
         'batch_size': 4,
@@ -120,7 +121,8 @@ def test_vit_checkpoint_to_tuned_model_and_back(tmp_path: Path) -> None:
     run = prepare(arguments)
     start = {name: value.clone() for name, value in run.model.state_dict().items()}
     assert all(torch.equal(start[key], value) for key, value in vit.state_dict().items() if not key.startswith('head.'))
-    execute(run)
+    with opened(run):
+        execute(run)
     images = torch.randn(2, 3, 224, 224)
     reloaded = timm.create_model(f'local-dir:{tmp_path / "run/last"}', pretrained=True).eval()
     assert reloaded.num_patches == 49
@@ -219,7 +221,7 @@ def test_rejects_options_that_contradict_the_resumed_run(unbroken: Path, capsys:
     assert main(['finetune', '--resume', str(unbroken), '--epochs', '9', '--num-patches', '1x2', '--seed', '0']) == 2
     error = capsys.readouterr().err
     assert '--epochs 9 (the run has 2)' in error
-    assert '--num-patches (1, 2) (the run has 2)' in error
+    assert '--num-patches 1x2 (the run has 2)' in error
     assert '--seed' not in error
 
 
@@ -246,22 +248,23 @@ def test_missing_extra_is_named(
 def test_loss_that_is_not_finite_stops_the_run_before_it_spoils_the_weights(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cross_entropy, calls = training.F.cross_entropy, []
+    cross_entropy, calls = learner.F.cross_entropy, []
 
     def diverging(*args: Any, **kwargs: Any) -> torch.Tensor:
         calls.append(kwargs)
         loss: torch.Tensor = cross_entropy(*args, **kwargs)
         return loss * (float('nan') if len(calls) > 4 else 1)  # the fifth: an update of the second epoch
 
-    monkeypatch.setattr(training.F, 'cross_entropy', diverging)
+    monkeypatch.setattr(learner.F, 'cross_entropy', diverging)
     assert main(['finetune', *TINY.split(), '--output', str(tmp_path / 'run')]) == 1
     assert 'the training loss became nan in update 4; try a lower --lr' in capsys.readouterr().err
     assert all(value.isfinite().all() for value in weights_of(tmp_path / 'run').values())
 
 
 def test_numbers_of_patches_are_parsed() -> None:
-    assert parse_num_patches('49') == 49
-    assert parse_num_patches('3x7') == (3, 7)
+    assert parse_num_patches('49') == (49,)
+    assert parse_num_patches('3x7') == ((3, 7),)
+    assert parse_num_patches('16, 7x14,196') == (16, (7, 14), 196)
 
 
 def test_resume_refuses_other_classes_and_takes_its_own_options(tmp_path, capsys):

@@ -7,17 +7,21 @@ A version is written completely under a temporary name, flushed to disk and rena
 import json
 import os
 import shutil
+import signal
+import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 
 VERSIONS = 'checkpoints'
 LAST, BEST = 'last', 'best'
 OPTIONS_FILE = 'options.json'
 STATE_FILE = 'training.pt'
+LOCK_FILE = '.lock'
 
 
 class CheckpointStore:
@@ -42,20 +46,34 @@ class CheckpointStore:
             state: what resumes the training: tensors, numbers, strings and containers of them.
             best: the version that becomes ``best``, this one or an earlier one.
             export: writes further files of the version into the directory it is given.
+
+        Raises:
+            OSError: it cannot be written; what was saved before is as it was.
         """
-        self.versions.mkdir(exist_ok=True)
-        unfinished = self.versions / f'.{name}.unfinished'
-        _remove(unfinished)
-        unfinished.mkdir()
-        export(unfinished)
-        torch.save(state, unfinished / STATE_FILE)
-        _flush_tree(unfinished)
-        # An interrupted save may have left a version that no link names.
-        _remove(self.versions / name)
-        unfinished.rename(self.versions / name)
-        _flush(self.versions)
-        self._link(LAST, name)
-        self.mark_best(best)
+        with interrupted_only_after():
+            self.versions.mkdir(exist_ok=True)
+            unfinished = self.versions / f'.{name}.unfinished'
+            _remove(unfinished)
+            try:
+                unfinished.mkdir()
+                export(unfinished)
+                torch.save(state, unfinished / STATE_FILE)
+                _flush_tree(unfinished)
+            # A full disk is an OSError to Python, a RuntimeError to torch and an error of its own to safetensors.
+            except Exception as error:
+                free = shutil.disk_usage(self.directory).free / 2**20
+                with suppress(OSError):
+                    _remove(unfinished)
+                raise OSError(
+                    f'cannot write the checkpoint {name} into {self.directory}, where {free:.0f} MiB are free: '
+                    f'{first_line(error)}; the checkpoint before it is whole'
+                ) from error
+            # An interrupted save may have left a version that no link names.
+            _remove(self.versions / name)
+            unfinished.rename(self.versions / name)
+            _flush(self.versions)
+            self._link(LAST, name)
+            self.mark_best(best)
 
     def mark_best(self, name: str) -> None:
         """Let ``best`` name a version, and remove the versions that no link names."""
@@ -90,6 +108,43 @@ class CheckpointStore:
         swapped.symlink_to(Path(VERSIONS, name), target_is_directory=True)
         swapped.replace(self.directory / link)
         _flush(self.directory)
+
+
+@contextmanager
+def interrupted_only_after() -> Iterator[None]:
+    """Let Ctrl-C wait until a block is done."""
+    if threading.current_thread() is not threading.main_thread():  # only that one receives signals
+        yield
+        return
+    waiting: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, _: waiting.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if waiting:
+        raise KeyboardInterrupt
+
+
+@contextmanager
+def locked(directory: Path) -> Iterator[None]:
+    """Keep other processes from training in a directory; the end of this process, however it comes, frees it.
+
+    Raises:
+        BlockingIOError: another process trains in it.
+    """
+    lock = FileLock(directory / LOCK_FILE)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        message = (
+            f'expected the folder of a run that no process trains in, got {str(directory)!r}: wait or end the other'
+        )
+        raise BlockingIOError(message) from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def create_run(directory: Path, options: dict[str, Any]) -> None:

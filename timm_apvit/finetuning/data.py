@@ -5,8 +5,9 @@ nor an interruption changes what a model sees.
 """
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,13 +17,17 @@ from PIL import Image
 from timm.data import create_transform
 from timm.utils.misc import natural_key
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler
 from torchvision.datasets.folder import IMG_EXTENSIONS, has_file_allowed_extension, make_dataset
+
+from timm_apvit.finetuning.sharing import Share, TrainingPieces
 
 TRAIN_FOLDERS = ('train', 'training')
 TEST_FOLDERS = ('val', 'validation', 'valid', 'test', 'eval')
 # Up to this many images are decoded before training starts; of more, only the headers are read.
 MAX_DECODED = 20_000
+# The share of a process that is alone.
+WHOLE = Share()
 
 
 class Splits(NamedTuple):
@@ -73,19 +78,25 @@ class SeededSamples(Samples):
         self.dataset = dataset
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        seed = seed_from(self.seed, self.epoch, index)
-        # timm's augmentations use NumPy's global generator too.
-        before = random.getstate(), np.random.get_state()  # noqa: NPY002
-        try:
-            with torch.random.fork_rng(devices=[]):
-                random.seed(seed)
-                np.random.seed(seed % 2**32)  # noqa: NPY002
-                torch.default_generator.manual_seed(seed)
-                image, label = self.dataset[index]
-        finally:
-            random.setstate(before[0])
-            np.random.set_state(before[1])  # noqa: NPY002
+        with seeded(seed_from(self.seed, self.epoch, index)):
+            image, label = self.dataset[index]
         return image, int(label)
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Seed the global generators of the CPU, and put them back to what they were."""
+    # timm's augmentations use NumPy's global generator too.
+    before = random.getstate(), np.random.get_state()  # noqa: NPY002
+    try:
+        with torch.random.fork_rng(devices=[]):
+            random.seed(seed)
+            np.random.seed(seed % 2**32)  # noqa: NPY002
+            torch.default_generator.manual_seed(seed)
+            yield
+    finally:
+        random.setstate(before[0])
+        np.random.set_state(before[1])  # noqa: NPY002
 
 
 def create_batches(
@@ -95,20 +106,30 @@ def create_batches(
     shuffle: bool = False,
     workers: int = 0,
     pin_memory: bool = False,
+    share: Share = WHOLE,
 ) -> DataLoader[tuple[Tensor, int]]:
     """Load one epoch of batches: ``(B, C, H, W)``, ``(B,)``, in an order of its own if shuffled.
 
     A last, smaller batch is dropped when shuffling, unless it is the only one.
+
+    Args:
+        samples: to load.
+        epoch: its number.
+        batch_size: when shuffling, of all processes and pieces together; else of each batch.
+        shuffle: for training.
+        workers: processes that load; 0: none but this one.
+        pin_memory: for copies to a GPU.
+        share: of this process: when shuffling its pieces of each batch, else every so manieth sample.
     """
     samples.epoch = epoch
+    generator = torch.Generator().manual_seed(seed_from(samples.seed, epoch))
+    pieces: Sampler[list[int]]
+    if shuffle:
+        pieces = TrainingPieces(len(samples), min(batch_size, len(samples)), share, generator)
+    else:
+        pieces = BatchSampler(range(share.rank, len(samples), share.world), batch_size, drop_last=False)
     return DataLoader(
-        samples,
-        batch_size=batch_size,
-        shuffle=shuffle,
-        drop_last=shuffle and len(samples) >= batch_size,
-        num_workers=workers,
-        pin_memory=pin_memory,
-        generator=torch.Generator().manual_seed(seed_from(samples.seed, epoch)),
+        samples, batch_sampler=pieces, num_workers=workers, pin_memory=pin_memory, generator=torch.Generator()
     )
 
 

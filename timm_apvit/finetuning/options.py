@@ -1,16 +1,26 @@
 """Options of the fine-tuning command: their names, defaults and agreement."""
 
 import argparse
-import ast
 import json
-import math
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
+
+from timm_apvit.finetuning.distributed import DEFAULT_TIMEOUT
+from timm_apvit.finetuning.engine_options import add_engine_arguments
+from timm_apvit.finetuning.parsing import (
+    Budget,
+    ModelKwargs,
+    format_budget,
+    number,
+    parse_model_kwarg,
+    parse_num_patches,
+)
 
 # What trains without any argument: a model small enough for a CPU on images that need no network.
 EMBEDDED_MODEL = 'test_apvit'
 EMBEDDED_IMG_SIZE = 112
-EMBEDDED_NUM_PATCHES = (4, 4)
+EMBEDDED_SAMPLES, EMBEDDED_TEST_SAMPLES = 8_000, 1_000
+EMBEDDED_NUM_PATCHES: tuple[Budget, ...] = ((4, 4),)
 # Patches that only move read 0.66 and 0.71 of the digits after 6 epochs, those that also change in size 0.64.
 EMBEDDED_TRANSFORM = 'translation'
 EMBEDDED_MODEL_KWARGS: dict[str, Any] = {
@@ -24,7 +34,9 @@ EMBEDDED_MODEL_KWARGS: dict[str, Any] = {
     'weight_init': 'jax',
 }
 # These change where and how fast a run computes, not what: --resume takes them anew.
-RUNTIME_OPTIONS = frozenset({'output', 'resume', 'workers', 'device', 'threads'})
+RUNTIME_OPTIONS = frozenset({'output', 'resume', 'workers', 'device', 'threads', 'timeout'})
+# These too, but a run keeps them until --resume changes them: they decide whether it fits into memory.
+CHANGEABLE_OPTIONS = frozenset({'grad_accum', 'grad_checkpointing', 'compile'})
 
 
 @dataclass(frozen=True)
@@ -35,7 +47,7 @@ class Options:
     model: str | None = None
     pretrained: bool = False
     checkpoint: str | None = None
-    num_patches: int | tuple[int, int] | None = None
+    num_patches: tuple[Budget, ...] | None = None
     transform: str | None = None
     img_size: int | None = None
     model_kwargs: dict[str, Any] = field(default_factory=dict)
@@ -46,9 +58,30 @@ class Options:
     layer_decay: float | None = None
     weight_decay: float = 0.05
     warmup: float | None = None
-    samples: int = 8_000
-    test_samples: int = 1_000
+    samples: int | None = None
+    test_samples: int | None = None
     seed: int = 0
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    mixup_prob: float = 1.0
+    smoothing: float = 0.0
+    ema: float | None = None
+    localizer_lr_scale: float = 1.0
+    backbone_lr_scale: float = 1.0
+    freeze_backbone_epochs: int = 0
+    freeze_localizer_epochs: int = 0
+    jitter: float | None = None
+    jitter_epochs: int | None = None
+    teacher: str | None = None
+    distill_weight: float | None = None
+    distill_temperature: float = 1.0
+    token_weight: float | None = None
+    attention_weight: float = 0.0
+    amp: str | None = None
+    grad_accum: int = 1
+    grad_checkpointing: bool = False
+    compile: bool = False
+    timeout: float = DEFAULT_TIMEOUT
     workers: int | None = None
     threads: int | None = None
     device: str | None = None
@@ -56,54 +89,10 @@ class Options:
     resume: str | None = None
 
 
-def parse_num_patches(text: str) -> int | tuple[int, int]:
-    """Parse ``N`` or ``GHxGW``."""
-    parts = text.lower().split('x')
-    if len(parts) > 2 or not all(part.isdecimal() and int(part) > 0 for part in parts):
-        raise argparse.ArgumentTypeError(f'expected N or GHxGW, integers >= 1, got {text!r}')
-    numbers = [int(part) for part in parts]
-    return numbers[0] if len(numbers) == 1 else (numbers[0], numbers[1])
-
-
-def _parse_model_kwarg(text: str) -> tuple[str, Any]:
-    """Parse ``key=value``, the value a Python literal or else a string."""
-    name, equals, value = text.partition('=')
-    if not (equals and name.isidentifier()):
-        raise argparse.ArgumentTypeError(f'expected key=value, got {text!r}')
-    try:
-        return name, ast.literal_eval(value)
-    except (ValueError, SyntaxError):
-        return name, value
-
-
-def _number(kind: type, low: float, high: float = math.inf, open_low: bool = False) -> Any:
-    """Make a parser of a bounded number, for argparse."""
-
-    def parse(text: str) -> Any:
-        bounds = f'{"above" if open_low else ">="} {low:g}' + (f' and <= {high:g}' if high < math.inf else '')
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not (low <= value <= high and math.isfinite(value)) or (open_low and value == low):
-            what = 'an integer' if kind is int else 'a number'
-            raise argparse.ArgumentTypeError(f'expected {what} {bounds}, got {text!r}')
-        return value
-
-    return parse
-
-
-class _ModelKwargs(argparse.Action):
-    """Collect key=value pairs into one dictionary."""
-
-    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
-        setattr(namespace, self.dest, {**getattr(namespace, self.dest, {}), **dict(values)})
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of the command to a parser, which then returns only those that are given."""
     parser.argument_default = argparse.SUPPRESS
-    counted, positive, rate = _number(int, 1), _number(float, 0, open_low=True), _number(float, 0)
+    counted, positive, rate = number(int, 1), number(float, 0, open_low=True), number(float, 0)
     parser.add_argument(
         'data',
         nargs='?',
@@ -116,13 +105,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add('--model', metavar='NAME', help=f'apvit_small, ... (default: apvit_small; without DATA {EMBEDDED_MODEL})')
     add('--pretrained', action='store_true', help='start from the pretrained weights of the ViT')
     add('--checkpoint', metavar='FILE', help='start from the weights in a file, of a ViT or an APViT')
-    add('--num-patches', type=parse_num_patches, metavar='N', help="how many, or GHxGW (default: the model's own)")
+    add(
+        '--num-patches',
+        type=parse_num_patches,
+        metavar='N[,N...]',
+        help="how many, or GHxGW (default: the model's own); several, such as 16,49,196: one of them at random in each "
+        'update, for one model that serves them all',
+    )
     add('--transform', metavar='NAME', help="what a patch may do: translation, scale, ... (default: the model's own)")
     add('--img-size', type=counted, metavar='PIXELS', help="side of the images (default: the model's own)")
     add(
         '--model-kwargs',
-        type=_parse_model_kwarg,
-        action=_ModelKwargs,
+        type=parse_model_kwarg,
+        action=ModelKwargs,
         nargs='+',
         metavar='KEY=VALUE',
         help='further arguments of the model, such as max_shift=2.0 drop_path_rate=0.1',
@@ -135,26 +130,51 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
     add = parser.add_argument_group('training').add_argument
-    add('--epochs', type=counted, help='(default: 10; without DATA 6)')
-    add('--batch-size', type=counted, help='(default: 64)')
-    add('--lr', type=positive, help='peak learning rate (default: 1e-3; without DATA 2e-3; from given weights 2e-4)')
+    add('--epochs', type=counted, help='(default: 10; without DATA 6, which take minutes on a CPU)')
+    add(
+        '--batch-size',
+        type=counted,
+        help='images of an update, over all processes and --grad-accum (default: 64, which fits into 8 GB)',
+    )
+    add(
+        '--lr',
+        type=positive,
+        help='peak learning rate (default: 1e-3; without DATA 2e-3, for a small model; from given weights 2e-4, which '
+        'keeps what they know)',
+    )
     add(
         '--layer-decay',
-        type=_number(float, 0, 1, open_low=True),
-        help='factor of the learning rate from a block to the one below (default: 1; from given weights 0.75)',
+        type=number(float, 0, 1, open_low=True),
+        help='factor of the learning rate from a block to the one below (default: 1; from given weights 0.75: '
+        'what lies deeper is more general)',
     )
-    add('--weight-decay', type=rate, help='(default: 0.05)')
-    add('--warmup', type=rate, metavar='EPOCHS', help='epochs of rising learning rate (default: a tenth of all)')
-    add('--seed', type=_number(int, 0), help='(default: 0)')
-    add('--samples', type=counted, help='embedded images per epoch (default: 8000)')
-    add('--test-samples', type=counted, help='embedded test images (default: 1000)')
+    add('--weight-decay', type=rate, help='of AdamW (default: 0.05, usual for ViTs)')
+    add(
+        '--warmup',
+        type=rate,
+        metavar='EPOCHS',
+        help='epochs of rising learning rate (default: a tenth of all: fresh layers disturb less)',
+    )
+    add('--seed', type=number(int, 0), help='of all that is random (default: 0, so that a run can be repeated)')
+    add('--samples', type=counted, help=f'embedded images per epoch (default: {EMBEDDED_SAMPLES}, a minute on a CPU)')
+    add(
+        '--test-samples',
+        type=counted,
+        help=f'embedded test images (default: {EMBEDDED_TEST_SAMPLES}: within 1.5 points)',
+    )
 
     add = parser.add_argument_group('running').add_argument
     add('--output', metavar='DIR', help='a new folder for checkpoints, metrics and picture (default: runs/MODEL-TIME)')
     add('--resume', metavar='DIR', help='continue the interrupted run in this folder, with its own options')
-    add('--workers', type=_number(int, 0), help='processes that load data (default: 0; with DATA up to 8)')
+    add(
+        '--workers',
+        type=number(int, 0),
+        help='processes that load data (default: 0; with DATA up to 8, to keep a GPU busy)',
+    )
     add('--threads', type=counted, help="of computation on the CPU (default: PyTorch's own)")
     add('--device', help='cpu, cuda, cuda:1, ... (default: cuda if there is one)')
+
+    add_engine_arguments(parser)
 
 
 def to_json(options: Options) -> dict[str, Any]:
@@ -173,14 +193,13 @@ def from_json(saved: dict[str, Any], given: dict[str, Any]) -> Options:
         raise ValueError(f'expected options of this version, got the unknown {", ".join(unknown)}')
     if missing := sorted(known - set(saved) - RUNTIME_OPTIONS):
         raise ValueError(f'expected the options of a run, got none for {", ".join(missing)}')
-    differing = [
-        name for name, value in given.items() if name not in RUNTIME_OPTIONS and not _agree(saved[name], value)
-    ]
+    fixed = {name: value for name, value in given.items() if name not in RUNTIME_OPTIONS | CHANGEABLE_OPTIONS}
+    differing = [name for name, value in fixed.items() if not _agree(saved[name], value)]
     if differing:
-        texts = [f'{_flag(name)} {given[name]} (the run has {saved.get(name)})' for name in differing]
+        texts = [f'{_flag(name)} {_shown(name, given)} (the run has {_shown(name, saved)})' for name in differing]
         raise ValueError(f'expected the options of the run that is resumed, got {", ".join(texts)}')
-    runtime = {name: value for name, value in given.items() if name in RUNTIME_OPTIONS}
-    return Options(**{**_tuples(saved), **runtime})
+    free = {name: value for name, value in given.items() if name in RUNTIME_OPTIONS | CHANGEABLE_OPTIONS}
+    return Options(**{**_tuples(saved), **free})
 
 
 def _tuples(value: Any) -> Any:
@@ -196,6 +215,13 @@ def _agree(saved: Any, given: Any) -> bool:
     if isinstance(given, dict):
         return all(name in saved and saved[name] == value for name, value in given.items())
     return bool(saved == given)
+
+
+def _shown(name: str, values: dict[str, Any]) -> str:
+    """The value of an option as people give it."""
+    if name == 'num_patches' and values[name] is not None:
+        return ','.join(map(format_budget, _tuples(values[name])))
+    return str(values[name])
 
 
 def _flag(name: str) -> str:

@@ -1,5 +1,6 @@
 """What a run reports: the table of accuracies and the picture of where the patches look."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ from torch import Tensor
 
 from timm_apvit.finetuning.checkpoints import replacing
 from timm_apvit.finetuning.data import Splits
+from timm_apvit.finetuning.training import Row, best_row
 from timm_apvit.vision_transformer import APViT
 from timm_apvit.visualize import plot_patches
 
@@ -37,10 +39,43 @@ def _shown(images: Tensor) -> Tensor:
     return images if images.shape[1] in (1, 3) else images[:, :1]
 
 
+def summarise(rows: list[Row], budgets: Sequence[tuple[int, str]]) -> dict[str, Any]:
+    """What came of a training.
+
+    Args:
+        rows: of its epochs.
+        budgets: number of patches and name of each budget.
+
+    Returns:
+        ``num_patches`` of the largest budget, ``top1`` of the last and ``best_top1`` of the best epoch, ``best_epoch``,
+        ``seconds``; with several budgets also ``budgets``: for each its own ``num_patches``, ``top1`` and
+        ``best_top1`` in these epochs.
+    """
+    last, best = rows[-1], best_row(rows)
+    summary: dict[str, Any] = {
+        'num_patches': max(number for number, _ in budgets),
+        'top1': last['test_top1'],
+        'best_top1': best['test_top1'],
+        'best_epoch': best['epoch'],
+        'seconds': round(sum(row['seconds'] for row in rows), 1),
+    }
+    if len(budgets) > 1:
+        summary['budgets'] = {
+            name: {
+                'num_patches': number,
+                'top1': last[f'test_top1_{name}'],
+                'best_top1': best[f'test_top1_{name}'],
+            }
+            for number, name in budgets
+        }
+    return summary
+
+
 def table(summary: dict[str, dict[str, Any]]) -> str:
-    """Accuracy, tokens and time of each contestant, a line each."""
+    """Accuracy, tokens and time of each contestant, a line for each of its budgets."""
     lines = [f'{"":<12}  patches  top-1  best top-1  seconds']
     for name, row in summary.items():
-        numbers = f'{row["num_patches"]:>7}  {row["top1"]:.3f}  {row["best_top1"]:>10.3f}  {row["seconds"]:>7.0f}'
-        lines.append(f'{name:<12}  {numbers}')
+        for budget in row.get('budgets', {'': row}).values():
+            numbers = f'{budget["num_patches"]:>7}  {budget["top1"]:.3f}  {budget["best_top1"]:>10.3f}'
+            lines.append(f'{name:<12}  {numbers}  {row["seconds"]:>7.0f}')
     return '\n'.join(lines)

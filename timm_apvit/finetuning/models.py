@@ -1,0 +1,144 @@
+"""Models to fine-tune: created by name, with weights from where they are."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import timm
+from safetensors import safe_open
+from timm.data import resolve_data_config
+from timm.models import load_state_dict
+
+from timm_apvit.finetuning.checkpoints import first_line
+from timm_apvit.finetuning.options import Options
+from timm_apvit.finetuning.parsing import count
+from timm_apvit.vision_transformer import APViT
+
+CLASSIFIER_ENDS = ('head.bias', 'head/bias')
+
+
+class Start(NamedTuple):
+    """A model before its training.
+
+    Attributes:
+        model: with the weights that it starts from.
+        knows_classes: whether its classifier was trained, on as many classes as it has.
+        notes: what people should know of it.
+    """
+
+    model: APViT
+    knows_classes: bool
+    notes: tuple[str, ...]
+
+
+def start_model(options: Options, num_classes: int) -> Start:
+    """Create the model of the options, with their weights and a classifier for so many classes.
+
+    Raises:
+        FileNotFoundError: there is no such checkpoint.
+        ValueError: it cannot be created, is not an APViT, or its weights cannot be loaded.
+    """
+    if options.checkpoint is None and not options.pretrained:
+        source = f'; --pretrained takes the weights of {options.model}' if ':' in str(options.model) else ''
+        notes = (f'the model starts untrained{source}',) if options.data is not None or source else ()
+        return Start(create_model(options, num_classes), False, notes)
+    known = None if options.checkpoint is None else classes_of_checkpoint(options.checkpoint)
+    overlay = {} if known is None else {'num_classes': known}
+    model = create_model(options, num_classes, weights=True, overlay=overlay)
+    if known is None:
+        known = int(model.pretrained_cfg.get('num_classes') or 0)
+    if known == num_classes:
+        return Start(model, True, ())
+    has = f'has {known} classes' if known else 'is none'
+    return Start(model, False, (f'the classifier starts anew: that of the weights {has}, the data have {num_classes}',))
+
+
+def create_model(
+    options: Options, num_classes: int, weights: bool = False, overlay: dict[str, Any] | None = None
+) -> APViT:
+    """Create the model of the options.
+
+    Args:
+        options: its name, arguments and weights.
+        num_classes: 0: without a classifier.
+        weights: whether to load them.
+        overlay: changes of the model's ``pretrained_cfg``.
+
+    Raises:
+        ValueError: it cannot be created, is not an APViT, or its weights cannot be loaded.
+    """
+    name = str(options.model)
+    optional = {'transform': options.transform, 'img_size': options.img_size}
+    kwargs = {**options.model_kwargs, **{key: value for key, value in optional.items() if value is not None}}
+    if options.num_patches:
+        kwargs['num_patches'] = max(options.num_patches, key=count)
+    check_registered(name, 'apvit_*')
+    overlay = dict(overlay or {})
+    if weights and options.checkpoint is not None:
+        overlay |= {'file': options.checkpoint, 'custom_load': options.checkpoint.endswith('.npz')}
+    if overlay:
+        kwargs['pretrained_cfg_overlay'] = overlay
+    try:
+        model = timm.create_model(name, pretrained=weights, num_classes=num_classes, **kwargs)
+    # Weights that are damaged, of another model or out of reach fail in as many ways as there are formats.
+    except Exception as error:
+        source = f' with the weights in {options.checkpoint}' if weights and options.checkpoint else ''
+        raise ValueError(f'cannot create {name}{source}: {first_line(error)}') from error
+    if not isinstance(model, APViT):
+        raise ValueError(f'expected an APViT, got {name!r}, which is a {type(model).__name__}')
+    return model
+
+
+def check_registered(name: str, examples: str) -> None:
+    """Raise ValueError unless timm knows a model of this name, or where to look for it."""
+    if ':' not in name and not timm.is_model(name.partition('.')[0]):
+        models = ', '.join(sorted(timm.list_models(examples)))
+        raise ValueError(f'expected a registered model, such as {models}, got {name!r}')
+
+
+def classes_of_checkpoint(path: str) -> int | None:
+    """The number of classes of a checkpoint of a ViT or an APViT; 0: it has no classifier; None: it does not say.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is not readable.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f'expected a checkpoint file, got {path!r}, which is not a file')
+    try:
+        shapes = _shapes(path)
+    # Damaged files fail in as many ways as there are formats.
+    except Exception as error:
+        raise ValueError(f'expected a checkpoint, got an unreadable {path}: {first_line(error)}') from error
+    if not any(key.startswith('blocks.') for key in shapes) and not path.endswith('.npz'):
+        return None  # of a layout that timm converts
+    return next((shape[0] for key, shape in shapes.items() if key.endswith(CLASSIFIER_ENDS)), 0)
+
+
+def _shapes(path: str) -> dict[str, tuple[int, ...]]:
+    """The shapes of the weights in a file, of which a .npz in JAX's layout tells its classifier's alone."""
+    if path.endswith('.npz'):
+        with np.load(path, allow_pickle=False) as arrays:
+            return {key: arrays[key].shape for key in arrays.files if key.endswith(CLASSIFIER_ENDS)}
+    if path.endswith('.safetensors'):
+        with safe_open(path, framework='pt') as tensors:
+            return {key: tuple(tensors.get_slice(key).get_shape()) for key in tensors.keys()}  # noqa: SIM118  no dict
+    return {key: tuple(value.shape) for key, value in load_state_dict(path).items()}
+
+
+def image_config(model: APViT) -> dict[str, Any]:
+    """Size and normalisation of the images that an APViT takes."""
+    in_chans = model.patch_embed.patching.in_chans
+    img_size: tuple[int, int] = model.patch_embed.img_size
+    config: dict[str, Any] = resolve_data_config({'input_size': (in_chans, *img_size)}, model=model)
+    for key in ('mean', 'std'):
+        if len(config[key]) != in_chans:
+            config[key] = (sum(config[key]) / len(config[key]),) * in_chans
+    return config
+
+
+def with_weights_of(options: Options, path: str) -> Options:
+    """The options of the same model on its full grid, with the weights in a file."""
+    kwargs = {name: value for name, value in options.model_kwargs.items() if name != 'num_patches'}
+    return replace(options, checkpoint=path, pretrained=False, num_patches=None, model_kwargs=kwargs)

@@ -1,0 +1,210 @@
+"""From options to a run: everything that can be checked before any long work is checked here."""
+
+import importlib.util
+import json
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from timm_apvit.finetuning import options as defaults
+from timm_apvit.finetuning.checkpoints import (
+    CheckpointStore,
+    check_vacant,
+    create_run,
+    first_line,
+    locked,
+    read_options,
+)
+from timm_apvit.finetuning.data import Splits, load_folder
+from timm_apvit.finetuning.digits import load_embedded_digits
+from timm_apvit.finetuning.distributed import is_main, local_device, own_share, processes_here
+from timm_apvit.finetuning.learner import Distillation
+from timm_apvit.finetuning.models import create_model, image_config, start_model
+from timm_apvit.finetuning.options import Options, from_json, to_json
+from timm_apvit.finetuning.schedule import Schedule
+from timm_apvit.finetuning.soundness import check_batches, check_epochs, check_options
+from timm_apvit.finetuning.teachers import create_distillation
+from timm_apvit.finetuning.training import STATE_KEYS
+from timm_apvit.finetuning.twin import create_twin
+from timm_apvit.vision_transformer import APViT
+
+
+class Run(NamedTuple):
+    """A run whose options proved sound.
+
+    Attributes:
+        options: all of them.
+        directory: of its checkpoints.
+        resumed: whether it was begun before.
+        model: to train.
+        twin: its fixed-grid twin, to train too.
+        splits: training and test data.
+        data_config: of the images that the model takes.
+        schedule: how to train.
+        distillation: what to learn from besides the labels.
+        notes: what people should know before it begins.
+    """
+
+    options: Options
+    directory: Path
+    resumed: bool
+    model: APViT
+    twin: nn.Module | None
+    splits: Splits
+    data_config: dict[str, Any]
+    schedule: Schedule
+    distillation: Distillation | None
+    notes: tuple[str, ...]
+
+
+def prepare(given: dict[str, Any]) -> Run:
+    """Check everything that can be checked before any long work; write nothing.
+
+    Raises:
+        ValueError, OSError, ModuleNotFoundError: bad input, or an extra is missing.
+    """
+    for module in ('tqdm', 'matplotlib'):
+        if importlib.util.find_spec(module) is None:
+            raise ModuleNotFoundError(f"fine-tuning needs {module}: pip install 'timm-apvit[finetune]'")
+    given = _with_absolute_paths(given)
+    resumed = given.get('resume') is not None
+    if resumed:
+        if given.get('output') is not None:
+            raise ValueError('expected --output or --resume, got both')
+        directory = Path(given['resume'])
+        options = from_json(read_options(directory), given)
+        states = [CheckpointStore(each).load() for each in (directory, directory / 'twin')]
+    else:
+        options = Options(**given)
+        check_options(options)
+        options = with_defaults(options)
+        default = Path('runs', f'{_file_name(options.model)}-{time.strftime("%Y%m%d-%H%M%S")}')
+        directory = Path(options.output or default)
+        if is_main():
+            check_vacant(directory)
+        states = []
+    schedule = _schedule(options)
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+
+    json.dumps(to_json(options))  # raises TypeError before any long work
+    # A model without a classifier is quickly made and tells what images it takes, before the data are looked through.
+    data_config = image_config(create_model(options, num_classes=0))
+    splits = _load_splits(options, schedule, data_config)
+    check_batches(schedule, len(splits.train), own_share(schedule.grad_accum))
+    torch.manual_seed(options.seed)
+    start = start_model(options, len(splits.label_names))
+    _check_states(states, splits)
+    distillation = create_distillation(options, start, data_config)
+    twin = create_twin(start.model, **options.model_kwargs) if options.twin else None
+    return Run(options, directory, resumed, start.model, twin, splits, data_config, schedule, distillation, start.notes)
+
+
+@contextmanager
+def opened(run: Run) -> Iterator[None]:
+    """Make the directory of a run, or open it again, and keep other processes out of it.
+
+    Raises:
+        OSError: it exists, cannot be made, or another process trains in it.
+    """
+    if not is_main():
+        yield
+        return
+    if not run.resumed:
+        create_run(run.directory, to_json(run.options))
+    with locked(run.directory):
+        yield
+
+
+def _with_absolute_paths(given: dict[str, Any]) -> dict[str, Any]:
+    """Options whose paths hold in any folder, so that --resume does."""
+    absolute = {
+        name: str(Path(given[name]).resolve()) for name in ('data', 'checkpoint') if given.get(name) is not None
+    }
+    for name in ('model', 'teacher'):
+        source, colon, path = str(given.get(name)).partition(':')
+        if source == 'local-dir' and colon:
+            absolute[name] = f'local-dir:{Path(path).resolve()}'
+        elif name == 'teacher' and Path(source).is_file():
+            absolute[name] = str(Path(source).resolve())
+    return {**given, **absolute}
+
+
+def _check_states(states: list[dict[str, Any] | None], splits: Splits) -> None:
+    """Raise ValueError unless saved states are those of a training on the classes that the data have now."""
+    for state in states:
+        if state is not None and not (isinstance(state, dict) and state.keys() >= STATE_KEYS):
+            raise ValueError(f'expected a saved state with {", ".join(sorted(STATE_KEYS))}, got another file')
+        if state is not None and tuple(state['label_names']) != splits.label_names:
+            raise ValueError(
+                f'expected the classes that the run was trained on, {", ".join(state["label_names"])}, '
+                f'got {", ".join(splits.label_names)}'
+            )
+
+
+def with_defaults(options: Options) -> Options:
+    """Fill in the defaults that depend on other options."""
+    embedded = options.data is None
+    changes: dict[str, Any] = {}
+    if options.model is None:
+        changes['model'] = defaults.EMBEDDED_MODEL if embedded else 'apvit_small'
+        if embedded:
+            changes['model_kwargs'] = {**defaults.EMBEDDED_MODEL_KWARGS, **options.model_kwargs}
+            usual = {
+                'img_size': defaults.EMBEDDED_IMG_SIZE,
+                'num_patches': defaults.EMBEDDED_NUM_PATCHES,
+                'transform': defaults.EMBEDDED_TRANSFORM,
+            }
+            changes.update({name: value for name, value in usual.items() if name not in options.model_kwargs})
+            changes.update({name: getattr(options, name) for name in usual if getattr(options, name) is not None})
+    if embedded:
+        usual = {'samples': defaults.EMBEDDED_SAMPLES, 'test_samples': defaults.EMBEDDED_TEST_SAMPLES}
+        changes.update({name: value for name, value in usual.items() if getattr(options, name) is None})
+    fine_tuned = options.pretrained or options.checkpoint is not None
+    epochs = options.epochs or (6 if embedded else 10)
+    scratch_lr = 2e-3 if embedded else 1e-3
+    filled = {
+        'twin': embedded,
+        'epochs': epochs,
+        'lr': 2e-4 if fine_tuned else scratch_lr,
+        'layer_decay': 0.75 if fine_tuned else 1.0,
+        'warmup': epochs / 10,
+    }
+    changes.update({name: value for name, value in filled.items() if getattr(options, name) is None})
+    return replace(options, **changes)
+
+
+def _schedule(options: Options) -> Schedule:
+    device = local_device(options.device)
+    try:
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f'expected a device that is there, got {device!r}: {first_line(error)}') from None
+    workers = options.workers
+    if workers is None:
+        workers = 0 if options.data is None else min(8, (os.cpu_count() or 1) // processes_here())
+    same = {name: getattr(options, name) for name in Schedule._fields if name not in ('device', 'workers')}
+    if same['amp'] == 'float16' and not device.startswith('cuda'):
+        raise ValueError(f'expected --amp bfloat16 on {device!r}, got float16, which needs a CUDA GPU')
+    schedule = Schedule(**same, device=device, workers=workers)
+    check_epochs(schedule)
+    return schedule
+
+
+def _load_splits(options: Options, schedule: Schedule, data_config: dict[str, Any]) -> Splits:
+    if options.data is not None:
+        return load_folder(Path(options.data), options.seed, data_config, workers=max(1, schedule.workers))
+    input_size, mean, std = (data_config[key] for key in ('input_size', 'mean', 'std'))
+    lengths = int(options.samples or 0), int(options.test_samples or 0)
+    return load_embedded_digits(options.seed, input_size, *lengths, mean, std)
+
+
+def _file_name(name: str | None) -> str:
+    return ''.join(c if c.isalnum() or c in '._-' else '-' for c in str(name))
