@@ -15,7 +15,7 @@ from timm_apvit.finetuning.distributed import DEFAULT_TIMEOUT, gather_from_proce
 from timm_apvit.finetuning.failures import explain
 from timm_apvit.finetuning.parsing import count, format_budget
 from timm_apvit.finetuning.preparation import Run, opened, prepare
-from timm_apvit.finetuning.report import save_picture, summarise, table
+from timm_apvit.finetuning.report import epoch_line, save_picture, summarise, table
 from timm_apvit.finetuning.training import Row, train
 from timm_apvit.hub import save_pretrained
 from timm_apvit.vision_transformer import APViT
@@ -108,9 +108,7 @@ def _train(
 
     def on_epoch(rows: list[Row]) -> None:
         write_atomically(directory / 'metrics.jsonl', ''.join(json.dumps(row) + '\n' for row in rows))
-        row = rows[-1]
-        _echo(f'{name:<12}  epoch {row["epoch"]:>3}/{run.schedule.epochs}  train loss {row["train_loss"]:.3f}  '
-              f'test loss {row["test_loss"]:.3f}  top-1 {row["test_top1"]:.3f}  {row["seconds"]:.1f} s')  # fmt: skip
+        _echo(f'{name:<12}  {epoch_line(rows[-1], run.schedule.epochs)}')
 
     store = CheckpointStore(directory)
     return train(model, run.splits, run.schedule, store, export, on_epoch, name, run.distillation)

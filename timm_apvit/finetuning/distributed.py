@@ -90,7 +90,7 @@ def distribute(model: nn.Module, device: torch.device) -> nn.Module:
     if device.type == 'cuda':
         torch.cuda.set_device(device)
     device_ids = [device] if device.type == 'cuda' else None
-    return nn.parallel.DistributedDataParallel(model, device_ids=device_ids, broadcast_buffers=False)
+    return nn.parallel.DistributedDataParallel(model, device_ids=device_ids)
 
 
 def sum_over_processes(values: Tensor) -> Tensor:

@@ -39,6 +39,15 @@ def _shown(images: Tensor) -> Tensor:
     return images if images.shape[1] in (1, 3) else images[:, :1]
 
 
+def epoch_line(row: Row, epochs: int) -> str:
+    """What came of an epoch, with the accuracy at each of several budgets."""
+    each = [f'{name.removeprefix("test_top1_")}: {value:.3f}' for name, value in row.items() if 'top1_' in name]
+    return (
+        f'epoch {row["epoch"]:>3}/{epochs}  train loss {row["train_loss"]:.3f}  test loss {row["test_loss"]:.3f}  '
+        f'top-1 {row["test_top1"]:.3f}{" (" + ", ".join(each) + ")" if each else ""}  {row["seconds"]:.1f} s'
+    )
+
+
 def summarise(rows: list[Row], budgets: Sequence[tuple[int, str]]) -> dict[str, Any]:
     """What came of a training.
 

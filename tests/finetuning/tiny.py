@@ -1,0 +1,60 @@
+"""Tiny models, data and schedules, for tests of the engine."""
+
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from conftest import move_patches
+
+import timm_apvit
+from timm_apvit.finetuning.data import Splits
+from timm_apvit.finetuning.digits import load_embedded_digits
+from timm_apvit.finetuning.learner import Learner
+from timm_apvit.finetuning.schedule import Schedule
+
+SCHEDULE = Schedule(
+    epochs=2,
+    batch_size=8,
+    lr=1e-3,
+    weight_decay=0.05,
+    layer_decay=1.0,
+    warmup=0.0,
+    seed=0,
+    workers=0,
+    device='cpu',
+)
+
+
+def tiny_model(**kwargs: Any) -> timm_apvit.APViT:
+    """An APViT whose patches have moved, with 10 classes."""
+    torch.manual_seed(0)
+    model = timm.create_model('test_apvit', img_size=32, num_classes=10, **{'num_patches': 4, 'depth': 2, **kwargs})
+    assert isinstance(model, timm_apvit.APViT)
+    move_patches(model, std=0.3)
+    torch.nn.init.normal_(model.head.weight, std=0.1)
+    return model
+
+
+def tiny_splits(number: int = 16, seed: int = 0) -> Splits:
+    """Embedded digits of 32 pixels."""
+    return load_embedded_digits(seed, (3, 32, 32), number, number)
+
+
+def tiny_learner(model: torch.nn.Module | None = None, updates_per_epoch: int = 2, **changes: Any) -> Learner:
+    """A learner about to begin its first epoch."""
+    learner = Learner(model or tiny_model(), SCHEDULE._replace(**changes), 10, updates_per_epoch)
+    learner.begin_epoch(0)
+    return learner
+
+
+def a_batch(number: int = 8) -> tuple[torch.Tensor, torch.Tensor]:
+    """Images ``(B, 3, 32, 32)`` and labels ``(B,)``."""
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(number, 3, 32, 32, generator=generator), torch.arange(number) % 10
+
+
+def weights_of(directory: Path) -> dict[str, Any]:
+    """The weights in the last checkpoint of a run."""
+    state: dict[str, Any] = torch.load(directory / 'last/training.pt', weights_only=True)
+    return state['model']
