@@ -1,0 +1,63 @@
+"""Models to fine-tune: whose classes their weights know."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+
+import timm_apvit
+from timm_apvit.finetuning.models import classes_of_checkpoint, start_model
+from timm_apvit.finetuning.options import Options
+
+BASE = Options(model='test_apvit', img_size=32, model_kwargs={'depth': 1})
+
+
+@pytest.fixture
+def vit() -> torch.nn.Module:
+    torch.manual_seed(3)
+    return timm.create_model('test_vit', img_size=32, depth=1, num_classes=7)
+
+
+@pytest.mark.parametrize('suffix', ['safetensors', 'pth'])
+def test_classifier_of_as_many_classes_is_kept_and_another_is_made_anew(
+    suffix: str, vit: torch.nn.Module, tmp_path: Path
+) -> None:
+    path = tmp_path / f'vit.{suffix}'
+    if suffix == 'pth':
+        torch.save({'state_dict': vit.state_dict()}, path)
+    else:
+        save_file(vit.state_dict(), path)
+    assert classes_of_checkpoint(str(path)) == 7
+    options = replace(BASE, checkpoint=str(path))
+    kept = start_model(options, 7)
+    assert kept.knows_classes
+    assert kept.notes == ()
+    assert torch.equal(kept.model.head.weight, vit.state_dict()['head.weight'])
+    fresh = start_model(options, 5)
+    assert not fresh.knows_classes
+    assert fresh.notes == ('the classifier starts anew: that of the weights has 7 classes, the data have 5',)
+    assert fresh.model.head.weight.shape == (5, 64)
+    assert torch.equal(fresh.model.blocks[0].mlp.fc1.weight, vit.state_dict()['blocks.0.mlp.fc1.weight'])
+
+
+def test_weights_without_a_classifier(vit: torch.nn.Module, tmp_path: Path) -> None:
+    vit.reset_classifier(0)
+    save_file(vit.state_dict(), tmp_path / 'vit.safetensors')
+    started = start_model(replace(BASE, checkpoint=str(tmp_path / 'vit.safetensors')), 5)
+    assert not started.knows_classes
+    assert 'that of the weights is none, the data have 5' in started.notes[0]
+
+
+def test_saved_model_knows_its_classes(tmp_path: Path) -> None:
+    model = timm.create_model('test_apvit', img_size=32, depth=1, num_classes=4)
+    timm_apvit.save_pretrained(model, tmp_path / 'saved')
+    options = Options(model=f'local-dir:{tmp_path / "saved"}', pretrained=True)
+    kept = start_model(options, 4)
+    assert kept.knows_classes
+    assert torch.equal(kept.model.head.weight, model.head.weight)
+    assert 'has 4 classes, the data have 6' in start_model(options, 6).notes[0]
+    untrained = start_model(replace(options, pretrained=False), 4)
+    assert untrained.notes == (f'the model starts untrained; --pretrained takes the weights of {options.model}',)
