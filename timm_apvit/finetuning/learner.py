@@ -1,8 +1,9 @@
 """A model that learns: one update from the pieces of a batch, with all that an update needs."""
 
 import gc
+import math
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from timm_apvit.finetuning.data import seed_from
 from timm_apvit.finetuning.distillation import Teacher, Weights, distilled_loss, observed
-from timm_apvit.finetuning.distributed import distribute
+from timm_apvit.finetuning.distributed import distribute, sum_over_processes, world_size
 from timm_apvit.finetuning.evaluation import autocast
 from timm_apvit.finetuning.mixing import Mixer
 from timm_apvit.finetuning.optimization import create_optimizer, create_scheduler, freeze, learning_rate
@@ -29,6 +30,23 @@ class Distillation(NamedTuple):
 
     teacher: Teacher
     weights: Weights
+
+
+def mean_losses(losses: Sequence[Tensor], first: int) -> list[float]:
+    """The losses of some updates, averaged over the processes.
+
+    Args:
+        losses: of this process, scalars.
+        first: the number of the first of these updates, from 0.
+
+    Raises:
+        FloatingPointError: one is not finite.
+    """
+    values: list[float] = (sum_over_processes(torch.stack(list(losses))) / world_size()).tolist()
+    for update, value in enumerate(values, start=first + 1):
+        if not math.isfinite(value):
+            raise FloatingPointError(f'the training loss became {value} in update {update}; try a lower --lr')
+    return values
 
 
 class Learner:
@@ -123,7 +141,10 @@ class Learner:
             update: its number, from 0.
 
         Returns:
-            The mean loss of the pieces, on the device.
+            The mean loss of the pieces, on the device; on a GPU it may not be finite.
+
+        Raises:
+            FloatingPointError: it is not finite, on a CPU.
         """
         self.scheduler.step_update(update)
         self._set_patches(update)
@@ -132,6 +153,9 @@ class Learner:
         for n, (images, labels) in enumerate(pieces, start=1):
             with self._synchronising(n == number):
                 loss = self._loss(images, labels, update) / number
+                if self.device.type == 'cpu':
+                    # Nothing waits for it here, and to go back through patches at NaN would end the process.
+                    mean_losses([loss.detach()], update)
                 self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
             total += loss.detach()
         self.scaler.unscale_(self.optimizer)

@@ -16,16 +16,9 @@ from torch.utils.data import DataLoader
 
 from timm_apvit.finetuning.checkpoints import CheckpointStore
 from timm_apvit.finetuning.data import Splits, create_batches, seed_from
-from timm_apvit.finetuning.distributed import (
-    gather_from_processes,
-    is_main,
-    own_share,
-    rank,
-    sum_over_processes,
-    world_size,
-)
+from timm_apvit.finetuning.distributed import gather_from_processes, is_main, own_share, rank
 from timm_apvit.finetuning.evaluation import evaluate_budgets
-from timm_apvit.finetuning.learner import Distillation, Learner
+from timm_apvit.finetuning.learner import Distillation, Learner, mean_losses
 from timm_apvit.finetuning.schedule import Schedule
 
 # What a saved state holds.
@@ -154,16 +147,7 @@ def _train_epoch(learner: Learner, pieces: DataLoader[tuple[Tensor, int]], epoch
         for update in bar:
             unseen.append(learner.update(islice(loading, learner.schedule.grad_accum), update))
             if len(unseen) == CHECK_EVERY or update == updates[-1]:
-                losses += _finite(unseen, update + 1)
+                losses += mean_losses(unseen, update + 1 - len(unseen))
                 unseen = []
                 bar.set_postfix(loss=f'{sum(losses) / len(losses):.3f}', refresh=False)
     return sum(losses) / len(losses)
-
-
-def _finite(losses: list[Tensor], updates: int) -> list[float]:
-    """The losses of the last updates of so many, averaged over the processes; they have to be finite."""
-    values: list[float] = (sum_over_processes(torch.stack(losses)) / world_size()).tolist()
-    for update, value in enumerate(values, start=updates - len(values) + 1):
-        if not math.isfinite(value):
-            raise FloatingPointError(f'the training loss became {value} in update {update}; try a lower --lr')
-    return values

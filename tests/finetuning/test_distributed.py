@@ -1,0 +1,130 @@
+"""Two processes train what one would, and fail together."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import weights_of
+
+from timm_apvit.__main__ import main
+from timm_apvit.finetuning.distributed import joined, local_device
+
+# 4 updates an epoch.
+TINY = '--model test_apvit --model-kwargs depth=2 --img-size 32 --samples 64 --test-samples 15 --batch-size 16'
+TINY += ' --epochs 5 --threads 1 --device cpu --no-twin --num-patches 2,4'
+TINY += ' --mixup 0.8 --ema 0.9 --freeze-backbone-epochs 1'
+
+# Ends the second process, or stops it, in its n-th update of the weights.
+LOST = """
+import os, signal, sys, torch
+from timm_apvit.__main__ import main
+step, left, how = torch.optim.AdamW.step, [int(sys.argv.pop(1))], sys.argv.pop(1)
+def losing_step(*args, **kwargs):
+    left[0] -= 1
+    if left[0] < 0 and os.environ['RANK'] == '1':
+        os.kill(os.getpid(), getattr(signal, how))
+    return step(*args, **kwargs)
+torch.optim.AdamW.step = losing_step
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def read_metrics(directory: Path) -> list[dict[str, float]]:
+    rows = [json.loads(line) for line in (directory / 'metrics.jsonl').read_text().splitlines()]
+    return [{name: value for name, value in row.items() if name != 'seconds'} for row in rows]
+
+
+def assert_same_run(first: Path, second: Path) -> None:
+    rows, expected = read_metrics(first), read_metrics(second)
+    assert len(rows) == len(expected) == 5
+    for row, other in zip(rows, expected, strict=True):
+        assert row.keys() == other.keys()
+        for name, value in row.items():
+            one_image = 1.01 / 15  # whose two likeliest classes were alike to the last bits
+            assert value == pytest.approx(other[name], abs=one_image if 'top1' in name else 1e-4), name
+    torch.testing.assert_close(weights_of(first), weights_of(second), rtol=0, atol=1e-3)
+
+
+@pytest.fixture(scope='module')
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp('runs') / 'alone'
+    assert main(['finetune', *TINY.split(), '--output', str(directory)]) == 0
+    return directory
+
+
+def lose_second_process(update: int, how: str, *arguments: str) -> list[subprocess.CompletedProcess[str]]:
+    """Run two processes, of which the second gets a signal; wait for the first and then end the second."""
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        port = free.getsockname()[1]
+    processes = []
+    for rank in range(2):
+        of_rank = {'RANK': rank, 'LOCAL_RANK': rank, 'WORLD_SIZE': 2, 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': port}
+        environment = {**os.environ, **{name: str(value) for name, value in of_rank.items()}}
+        command = [sys.executable, '-c', LOST, str(update), how, 'finetune', *TINY.split(), *arguments]
+        pipes = {'stdout': subprocess.PIPE, 'stderr': subprocess.PIPE, 'text': True}
+        processes.append(subprocess.Popen(command, env=environment, **pipes))  # type: ignore[call-overload]
+    results = []
+    for process in processes:
+        try:
+            out, err = process.communicate(timeout=60)
+        finally:
+            for other in processes:
+                other.kill()
+        results.append(subprocess.CompletedProcess(process.args, process.returncode, out, err))
+    return results
+
+
+def test_two_processes_give_the_result_of_one(alone: Path, tmp_path: Path) -> None:
+    directory = tmp_path / 'together'
+    launch = [sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node=2', '--standalone', '-m', 'timm_apvit']
+    # Pieces within the processes change nothing either.
+    command = [*launch, 'finetune', *TINY.split(), '--grad-accum', '2', '--output', str(directory)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=100)
+    assert result.returncode == 0, result.stderr
+    assert 'Warning' not in result.stderr
+    # Only the main process tells of it.
+    assert result.stdout.count('epoch   5/5') == 1
+    assert_same_run(directory, alone)
+
+
+def test_killed_process_ends_the_run_which_then_resumes(alone: Path, tmp_path: Path) -> None:
+    directory = tmp_path / 'killed'
+    main_process, lost = lose_second_process(9, 'SIGKILL', '--output', str(directory))
+    assert lost.returncode == -9
+    assert main_process.returncode == 1
+    assert 'error: another process of the training ended or does not answer' in main_process.stderr
+    assert f'continue with --resume {directory}' in main_process.stderr
+    assert len(read_metrics(directory)) == 2
+    # One process continues what two began.
+    assert main(['finetune', '--resume', str(directory)]) == 0
+    assert_same_run(directory, alone)
+
+
+@pytest.mark.slow
+def test_process_that_hangs_ends_the_run(tmp_path: Path) -> None:
+    directory = tmp_path / 'hung'
+    main_process, _ = lose_second_process(9, 'SIGSTOP', '--output', str(directory), '--timeout', '0.1')
+    assert main_process.returncode == 1
+    assert 'does not answer' in main_process.stderr
+    assert len(read_metrics(directory)) == 2
+
+
+def test_each_process_takes_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert local_device('cuda:1') == 'cuda:1'
+    for name, value in (('WORLD_SIZE', '4'), ('RANK', '3'), ('LOCAL_RANK', '1')):
+        monkeypatch.setenv(name, value)
+    assert local_device('cuda') == 'cuda:1'
+    assert local_device('cpu') == 'cpu'
+    with pytest.raises(ValueError, match=r"expected --device cuda for several processes, .* got 'cuda:1'"):
+        local_device('cuda:1')
+
+
+def test_one_process_joins_nobody() -> None:
+    with joined('cpu', 1.0):
+        assert not torch.distributed.is_initialized()
