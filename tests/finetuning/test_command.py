@@ -14,7 +14,6 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from timm_apvit.__main__ import main
-from timm_apvit.finetuning import learner
 from timm_apvit.finetuning.command import execute
 from timm_apvit.finetuning.parsing import parse_num_patches
 from timm_apvit.finetuning.preparation import opened, prepare
@@ -71,7 +70,7 @@ def test_run_leaves_model_metrics_summary_and_picture(unbroken: Path) -> None:
     torch.testing.assert_close(best.eval()(images).shape, torch.Size([2, 10]))
 
 
-@pytest.mark.parametrize('updates', [1, 3, 7], ids=['first epoch', 'second epoch', 'twin'])
+@pytest.mark.parametrize('updates', [1, 7], ids=['first epoch', 'twin'])
 def test_killed_run_resumes_to_the_result_of_the_unbroken_one(updates: int, unbroken: Path, tmp_path: Path) -> None:
     directory = tmp_path / 'killed'
     command = [sys.executable, '-c', KILLED, str(updates), 'finetune', *TINY.split(), '--output', str(directory)]
@@ -79,7 +78,7 @@ def test_killed_run_resumes_to_the_result_of_the_unbroken_one(updates: int, unbr
     if updates > 2:
         saved = timm.create_model(f'local-dir:{directory / "last"}', pretrained=True)
         assert timm.create_model(f'local-dir:{directory / "best"}', pretrained=True).num_patches == saved.num_patches
-        assert len(read_metrics(directory)) == updates // 2 if updates < 4 else 2
+        assert len(read_metrics(directory)) == 2
     assert not (directory / 'summary.json').exists()
 
     assert main(['finetune', '--resume', str(directory), '--threads', '1']) == 0
@@ -260,22 +259,6 @@ def test_missing_extra_is_named(
     assert main(['finetune', *TINY.split(), '--output', str(tmp_path / 'run')]) == 2
     assert "pip install 'timm-apvit[finetune]'" in capsys.readouterr().err
     assert not (tmp_path / 'run').exists()
-
-
-def test_loss_that_is_not_finite_stops_the_run_before_it_spoils_the_weights(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    cross_entropy, calls = learner.F.cross_entropy, []
-
-    def diverging(*args: Any, **kwargs: Any) -> torch.Tensor:
-        calls.append(kwargs)
-        loss: torch.Tensor = cross_entropy(*args, **kwargs)
-        return loss * (float('nan') if len(calls) > 4 else 1)  # the fifth: an update of the second epoch
-
-    monkeypatch.setattr(learner.F, 'cross_entropy', diverging)
-    assert main(['finetune', *TINY.split(), '--output', str(tmp_path / 'run')]) == 1
-    assert 'the training loss became nan in update 4; try a lower --lr' in capsys.readouterr().err
-    assert all(value.isfinite().all() for value in weights_of(tmp_path / 'run').values())
 
 
 def test_numbers_of_patches_are_parsed() -> None:
