@@ -1,31 +1,26 @@
-"""Images to fine-tune on: samples, batches, and folders of images.
+"""Samples and batches of them, whether their data can be indexed or only be read in order.
 
-Every training sample is a function of (seed, epoch, index) and of nothing else, so that neither the number of workers
-nor an interruption changes what a model sees.
+What a model sees in an epoch is a function of the seed and the epoch, so that an interruption does not change it. Where
+data can be indexed every sample is a function of (seed, epoch, index) and of nothing else: the number of workers does
+not matter either.
 """
 
+import dataclasses
 import random
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any, NamedTuple
+from itertools import islice
+from typing import Any, NamedTuple, Union
 
 import numpy as np
 import torch
-from PIL import Image
-from timm.data import create_transform
-from timm.utils.misc import natural_key
 from torch import Tensor
-from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler
-from torchvision.datasets.folder import IMG_EXTENSIONS, has_file_allowed_extension, make_dataset
+from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, Sampler, get_worker_info
 
+from timm_apvit.finetuning.distributed import rank, world_size
 from timm_apvit.finetuning.sharing import Share, TrainingPieces
 
-TRAIN_FOLDERS = ('train', 'training')
-TEST_FOLDERS = ('val', 'validation', 'valid', 'test', 'eval')
-# Up to this many images are decoded before training starts; of more, only the headers are read.
-MAX_DECODED = 20_000
+Sample = tuple[Tensor, int]
 # The share of a process that is alone.
 WHOLE = Share()
 
@@ -39,8 +34,8 @@ class Splits(NamedTuple):
         label_names: the name of each class.
     """
 
-    train: 'Samples'
-    test: 'Samples'
+    train: 'AnySamples'
+    test: 'AnySamples'
     label_names: tuple[str, ...]
 
 
@@ -49,7 +44,39 @@ def seed_from(*entropy: int) -> int:
     return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
-class Samples(Dataset[tuple[Tensor, int]]):
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Seed the global generators of the CPU for what runs inside, and put them back to what they were.
+
+    The random transforms of torchvision and timm draw from them, and their state depends on the worker and on what it
+    loaded before.
+    """
+    # timm's augmentations use NumPy's global generator too.
+    before = random.getstate(), np.random.get_state()  # noqa: NPY002
+    try:
+        with torch.random.fork_rng(devices=[]):
+            random.seed(seed)
+            np.random.seed(seed % 2**32)  # noqa: NPY002
+            torch.default_generator.manual_seed(seed)
+            yield
+    finally:
+        random.setstate(before[0])
+        np.random.set_state(before[1])  # noqa: NPY002
+
+
+def _checked_label(label: Any, num_classes: int | None) -> int:
+    """A label as an integer, which a loss on a GPU could only reject by ending the process.
+
+    Raises:
+        ValueError: it is not that of a class.
+    """
+    number = int(label)
+    if num_classes is not None and not 0 <= number < num_classes:
+        raise ValueError(f'expected labels from 0 to {num_classes - 1}, got {number}: see --num-classes')
+    return number
+
+
+class Samples(Dataset[Sample]):
     """Images ``(C, H, W)`` and labels that are a function of (seed, epoch, index).
 
     Args:
@@ -69,51 +96,129 @@ class Samples(Dataset[tuple[Tensor, int]]):
 class SeededSamples(Samples):
     """The samples of another dataset, each transformed under a seed of its own.
 
-    The random transforms of torchvision and timm draw from global generators, whose state depends on the worker and on
-    what it loaded before. Here those generators are seeded by (seed, epoch, index) around each sample and put back.
+    Args:
+        dataset: ``dataset[index]`` -> image ``(C, H, W)``, label.
+        seed: of the samples, with the epoch and the index.
+        num_classes: that labels must be below; None: unchecked.
     """
 
-    def __init__(self, dataset: Any, seed: int) -> None:
+    def __init__(self, dataset: Any, seed: int, num_classes: int | None = None) -> None:
         super().__init__(len(dataset), seed)
         self.dataset = dataset
+        self.num_classes = num_classes
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+    def __getitem__(self, index: int) -> Sample:
         with seeded(seed_from(self.seed, self.epoch, index)):
             image, label = self.dataset[index]
-        return image, int(label)
+        return image, _checked_label(label, self.num_classes)
 
 
-@contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Seed the global generators of the CPU, and put them back to what they were."""
-    # timm's augmentations use NumPy's global generator too.
-    before = random.getstate(), np.random.get_state()  # noqa: NPY002
-    try:
-        with torch.random.fork_rng(devices=[]):
-            random.seed(seed)
-            np.random.seed(seed % 2**32)  # noqa: NPY002
-            torch.default_generator.manual_seed(seed)
-            yield
-    finally:
-        random.setstate(before[0])
-        np.random.set_state(before[1])  # noqa: NPY002
+class Stream:
+    """Samples that can only be read in order, from shards that are shared out to processes and their workers.
+
+    An epoch is a function of seed, epoch and the numbers of processes and workers: it is resumed at its beginning. In
+    training it has as many batches as ``length`` samples fill, whatever those numbers are; in a test every sample is
+    read once.
+
+    Args:
+        dataset: timm's `IterableImageDataset` of untransformed images, made after ``torch.distributed`` is set up.
+        length: the number of samples, as the data or the user declare it; 0: unknown, for a test only.
+        seed: of shuffling and transforms, with the epoch.
+        transform: image -> ``(C, H, W)``.
+        num_classes: that labels must be below.
+        shards: the number of shards that workers can share; None: unknown.
+    """
+
+    def __init__(
+        self, dataset: Any, length: int, seed: int, transform: Any, num_classes: int, shards: int | None = None
+    ) -> None:
+        self.dataset = dataset
+        self.length = length
+        self.seed = seed
+        self.transform = transform
+        self.num_classes = num_classes
+        self.shards = shards
+        self.epoch = 0
+        self.rank, self.processes = rank(), world_size()
+        if shards is not None and shards < self.processes:
+            raise ValueError(f'expected a shard for each of {self.processes} processes, got {shards}: use fewer')
+        self.is_training: bool = dataset.reader.is_training
+        if not self.is_training and hasattr(dataset.reader, 'split_info') and shards is not None:
+            self._share_test_shards()
+
+    def __len__(self) -> int:
+        return self.length
+
+    def workers(self, wanted: int) -> int:
+        """At most so many workers, that each has a shard."""
+        return wanted if self.shards is None else min(wanted, self.shards // self.processes)
+
+    def _share_test_shards(self) -> None:
+        """Give this process shards of its own; timm would repeat and leave out samples to make processes alike."""
+        reader = self.dataset.reader
+        own = tuple(reader.split_info.filenames)[self.rank :: self.processes]
+        reader.split_info = dataclasses.replace(reader.split_info, filenames=own)
+        reader.dist_rank, reader.dist_num_replicas = 0, 1
+
+
+AnySamples = Union[Samples, Stream]
+
+
+class _Part(IterableDataset[Sample]):
+    """What one process reads of an epoch of a stream.
+
+    Args:
+        stream: in the epoch to read.
+        batch_size: of this process.
+        batches: how many to read; None: all there is, once.
+        workers: processes that load.
+    """
+
+    def __init__(self, stream: Stream, batch_size: int, batches: int | None, workers: int) -> None:
+        self.stream = stream
+        self.batch_size = batch_size
+        self.batches = batches
+        # timm makes its pipeline once; one that read an epoch before would continue with that epoch's random state.
+        stream.dataset.reader.ds = None
+        stream.dataset.reader.batch_size = batch_size
+        stream.dataset.set_loader_cfg(num_workers=workers)
+
+    def __len__(self) -> int:
+        if self.batches is None:
+            raise TypeError('expected a stream for training, whose epochs have a defined length, got one for a test')
+        return self.batches * self.batch_size
+
+    def __iter__(self) -> Iterator[Sample]:
+        stream, info = self.stream, get_worker_info()
+        worker, workers = (0, 1) if info is None else (info.id, info.num_workers)
+        expected = None
+        if self.batches is not None:
+            expected = (self.batches // workers + (worker < self.batches % workers)) * self.batch_size
+        stream.dataset.set_epoch(stream.epoch)
+        position = -1
+        for position, (image, label) in enumerate(islice(stream.dataset, expected)):
+            with seeded(seed_from(stream.seed, stream.epoch, stream.rank, worker, position)):
+                transformed = stream.transform(image)
+            yield transformed, _checked_label(label, stream.num_classes)
+        if expected is not None and position + 1 < expected:
+            raise RuntimeError(f'expected {expected} images from the shards of a worker, got {position + 1}')
 
 
 def create_batches(
-    samples: Samples,
+    samples: AnySamples,
     epoch: int,
     batch_size: int,
     shuffle: bool = False,
     workers: int = 0,
     pin_memory: bool = False,
     share: Share = WHOLE,
-) -> DataLoader[tuple[Tensor, int]]:
+) -> DataLoader[Sample]:
     """Load one epoch of batches: ``(B, C, H, W)``, ``(B,)``, in an order of its own if shuffled.
 
     A last, smaller batch is dropped when shuffling, unless it is the only one.
 
     Args:
-        samples: to load.
+        samples: to load. A stream is shuffled if it was made for training, and gives what its process has to read.
         epoch: its number.
         batch_size: when shuffling, of all processes and pieces together; else of each batch.
         shuffle: for training.
@@ -123,6 +228,17 @@ def create_batches(
     """
     samples.epoch = epoch
     generator = torch.Generator().manual_seed(seed_from(samples.seed, epoch))
+    if isinstance(samples, Stream):
+        workers = samples.workers(workers)
+        piece = max(1, batch_size // share.parts) if shuffle else batch_size
+        batches = max(1, samples.length // batch_size) * share.pieces if samples.is_training else None
+        return DataLoader(
+            _Part(samples, piece, batches, workers),
+            batch_size=piece,
+            num_workers=workers,
+            pin_memory=pin_memory,
+            generator=generator,
+        )
     pieces: Sampler[list[int]]
     if shuffle:
         pieces = TrainingPieces(len(samples), min(batch_size, len(samples)), share, generator)
@@ -133,122 +249,10 @@ def create_batches(
     )
 
 
-class ImageFiles(Dataset[tuple[Any, int]]):
-    """Image files and their labels: ``files[index]`` -> transformed image, label.
-
-    A class is the folder right below, whatever is nested in it; what is hidden is left out. timm's own dataset takes
-    every nested folder for a class, leaves files open, and replaces a broken image by its neighbour.
-
-    Args:
-        folder: one sub-folder per class.
-        mode: Pillow's, ``'RGB'`` or ``'L'``.
-        class_to_idx: numbers of the classes; default: in order of their names.
-    """
-
-    def __init__(self, folder: Path, mode: str, class_to_idx: dict[str, int] | None = None) -> None:
-        if class_to_idx is None:
-            names = (path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith('.'))
-            class_to_idx = {name: n for n, name in enumerate(sorted(names, key=natural_key))}
-
-        def is_shown_image(path: str) -> bool:
-            parts = Path(path).relative_to(folder).parts
-            return has_file_allowed_extension(path, IMG_EXTENSIONS) and not any(p.startswith('.') for p in parts)
-
-        self.class_to_idx = class_to_idx
-        self.samples: list[tuple[str, int]] = []
-        if class_to_idx:
-            self.samples = make_dataset(folder, class_to_idx, is_valid_file=is_shown_image, allow_empty=True)
-        self.mode = mode
-        self.transform: Any = None
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def __getitem__(self, index: int) -> tuple[Any, int]:
-        path, label = self.samples[index]
-        with Image.open(path) as opened:
-            image: Image.Image = opened
-            if image.mode.startswith('I'):  # of 16 bits, which Pillow would clip to 8
-                image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
-            return self.transform(image.convert(self.mode)), label
-
-
-def load_folder(
-    folder: Path, seed: int, data_config: dict[str, Any], workers: int = 4, augmentation: dict[str, Any] | None = None
-) -> Splits:
-    """Read a folder with one sub-folder per split and in each one sub-folder per class.
-
-    Args:
-        folder: has ``train/`` and one of ``val/``, ``validation/``, ``test/``.
-        seed: of the random augmentation.
-        data_config: what timm's `resolve_data_config` returns for the model.
-        workers: threads that check the images.
-        augmentation: further arguments of timm's `create_transform`, for training.
-
-    Raises:
-        FileNotFoundError: the folder, or one of its splits, does not exist.
-        ValueError: it holds no images, a single class, classes that differ between the splits, or a broken image.
-    """
-    if not folder.is_dir():
-        raise FileNotFoundError(f'expected a folder of images, got {str(folder)!r}, which is not a folder')
-    train_folder, test_folder = (_find_split(folder, names) for names in (TRAIN_FOLDERS, TEST_FOLDERS))
-    mode = {1: 'L', 3: 'RGB'}.get(data_config['input_size'][0])
-    if mode is None:
-        raise ValueError(f'expected in_chans of 1 or 3 for image files, got {data_config["input_size"][0]}')
-    train = _read_split(train_folder, mode)
-    test = _read_split(test_folder, mode, train.class_to_idx)
-    _check_images([path for path, _ in train.samples + test.samples], workers)
-    config = {key: data_config[key] for key in ('input_size', 'interpolation', 'mean', 'std', 'crop_pct', 'crop_mode')}
-    train.transform = create_transform(**config, is_training=True, **(augmentation or {}))
-    test.transform = create_transform(**config)
-    return Splits(SeededSamples(train, seed), SeededSamples(test, seed), tuple(train.class_to_idx))
-
-
-def _find_split(folder: Path, names: Sequence[str]) -> Path:
-    """Find the sub-folder that goes by one of these names."""
-    for name in names:
-        if (folder / name).is_dir():
-            return folder / name
-    found = sorted(path.name + '/' * path.is_dir() for path in folder.iterdir())
-    held = ', '.join(found[:5]) + ', ...' * (len(found) > 5) if found else 'nothing'
-    raise FileNotFoundError(f'expected a folder named {" or ".join(names)} in {str(folder)!r}, got {held}')
-
-
-def _read_split(folder: Path, mode: str, class_to_idx: dict[str, int] | None = None) -> ImageFiles:
-    """List the images of one split; ``class_to_idx`` are the classes of the training images, if these are others."""
-    files = ImageFiles(folder, mode, class_to_idx)
-    classes = {path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith('.')}
-    if unknown := sorted(classes - set(files.class_to_idx)):
-        raise ValueError(f'expected only classes of the training images in {str(folder)!r}, got {", ".join(unknown)}')
-    if not files.samples:
-        raise ValueError(f'expected folders of images, one for each class, in {str(folder)!r}, got no images')
-    if class_to_idx is not None:
-        return files
-    held = {label for _, label in files.samples}
-    empty = [name for name, label in files.class_to_idx.items() if label not in held]
-    if len(held) < 2:
-        name = next(name for name, label in files.class_to_idx.items() if label in held)
-        raise ValueError(f'expected images of at least 2 classes in {str(folder)!r}, got those of {name!r} only')
-    if empty:
-        raise ValueError(f'expected images in every folder in {str(folder)!r}, got none in {", ".join(empty)}')
-    return files
-
-
-def _check_images(paths: Sequence[str], workers: int) -> None:
-    """Raise ValueError that names the broken image files, if there are any."""
-
-    def problem(path: str) -> str:
-        try:
-            with Image.open(path) as image:
-                image.load() if len(paths) <= MAX_DECODED else image.verify()
-        # Pillow lets the errors of its decoders through: SyntaxError, struct.error, zlib.error, ...
-        except Exception as error:
-            return str(error) or type(error).__name__
-        return ''
-
-    with ThreadPoolExecutor(max(1, workers)) as pool:
-        broken = [(path, text) for path, text in zip(paths, pool.map(problem, paths), strict=True) if text]
-    if broken:
-        path, text = broken[0]
-        others = f' (and {len(broken) - 1} more)' if len(broken) > 1 else ''
-        raise ValueError(f'expected readable images, got a broken one: {path}: {text}{others}')
+def some_samples(samples: AnySamples, number: int) -> list[Sample]:
+    """At most so many samples: spread over data that can be indexed, the first ones of a stream."""
+    if isinstance(samples, Stream):
+        images, labels = next(iter(create_batches(samples, 0, number)))
+        return list(zip(images, labels.tolist(), strict=True))
+    step = max(1, len(samples) // number)
+    return [samples[index] for index in range(0, len(samples), step)][:number]

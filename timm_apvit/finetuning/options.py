@@ -5,6 +5,12 @@ import json
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
+from timm_apvit.finetuning.data_options import (
+    DATA_HELP,
+    DataOptions,
+    add_augmentation_arguments,
+    add_data_arguments,
+)
 from timm_apvit.finetuning.distributed import DEFAULT_TIMEOUT
 from timm_apvit.finetuning.engine_options import add_engine_arguments
 from timm_apvit.finetuning.parsing import (
@@ -40,10 +46,9 @@ CHANGEABLE_OPTIONS = frozenset({'grad_accum', 'grad_checkpointing', 'compile'})
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(DataOptions):
     """Options of the command; None stands for a default that depends on others (`with_defaults`)."""
 
-    data: str | None = None
     model: str | None = None
     pretrained: bool = False
     checkpoint: str | None = None
@@ -97,8 +102,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         'data',
         nargs='?',
         metavar='DATA',
-        help='folder with train/ and val/ (or validation/, test/), each with one folder of images per class; '
-        'default: real digits among clutter, which need no network',
+        help=DATA_HELP,
     )
 
     add = parser.add_argument_group('model').add_argument
@@ -175,6 +179,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add('--device', help='cpu, cuda, cuda:1, ... (default: cuda if there is one)')
 
     add_engine_arguments(parser)
+    add_data_arguments(parser, training=True)
+    add_augmentation_arguments(parser)
 
 
 def to_json(options: Options) -> dict[str, Any]:

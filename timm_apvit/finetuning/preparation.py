@@ -22,14 +22,14 @@ from timm_apvit.finetuning.checkpoints import (
     locked,
     read_options,
 )
-from timm_apvit.finetuning.data import Splits, load_folder
-from timm_apvit.finetuning.digits import load_embedded_digits
+from timm_apvit.finetuning.data import Splits
 from timm_apvit.finetuning.distributed import is_main, local_device, own_share, processes_here
 from timm_apvit.finetuning.learner import Distillation
 from timm_apvit.finetuning.models import create_model, image_config, start_model
 from timm_apvit.finetuning.options import Options, from_json, to_json
 from timm_apvit.finetuning.schedule import Schedule
 from timm_apvit.finetuning.soundness import check_batches, check_epochs, check_options
+from timm_apvit.finetuning.sources import is_path, load_splits
 from timm_apvit.finetuning.teachers import create_distillation
 from timm_apvit.finetuning.training import STATE_KEYS
 from timm_apvit.finetuning.twin import create_twin
@@ -97,7 +97,7 @@ def prepare(given: dict[str, Any]) -> Run:
     json.dumps(to_json(options))  # raises TypeError before any long work
     # A model without a classifier is quickly made and tells what images it takes, before the data are looked through.
     data_config = image_config(create_model(options, num_classes=0))
-    splits = _load_splits(options, schedule, data_config)
+    splits = load_splits(options, data_config, schedule.workers)
     check_batches(schedule, len(splits.train), own_share(schedule.grad_accum))
     torch.manual_seed(options.seed)
     start = start_model(options, len(splits.label_names))
@@ -125,9 +125,8 @@ def opened(run: Run) -> Iterator[None]:
 
 def _with_absolute_paths(given: dict[str, Any]) -> dict[str, Any]:
     """Options whose paths hold in any folder, so that --resume does."""
-    absolute = {
-        name: str(Path(given[name]).resolve()) for name in ('data', 'checkpoint') if given.get(name) is not None
-    }
+    names = [name for name in ('data', 'data_dir', 'class_map', 'checkpoint') if given.get(name) is not None]
+    absolute = {name: str(Path(given[name]).resolve()) for name in names if is_path(given[name])}
     for name in ('model', 'teacher'):
         source, colon, path = str(given.get(name)).partition(':')
         if source == 'local-dir' and colon:
@@ -196,14 +195,6 @@ def _schedule(options: Options) -> Schedule:
     schedule = Schedule(**same, device=device, workers=workers)
     check_epochs(schedule)
     return schedule
-
-
-def _load_splits(options: Options, schedule: Schedule, data_config: dict[str, Any]) -> Splits:
-    if options.data is not None:
-        return load_folder(Path(options.data), options.seed, data_config, workers=max(1, schedule.workers))
-    input_size, mean, std = (data_config[key] for key in ('input_size', 'mean', 'std'))
-    lengths = int(options.samples or 0), int(options.test_samples or 0)
-    return load_embedded_digits(options.seed, input_size, *lengths, mean, std)
 
 
 def _file_name(name: str | None) -> str:

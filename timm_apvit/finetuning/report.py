@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from timm_apvit.finetuning.checkpoints import replacing
-from timm_apvit.finetuning.data import Splits
+from timm_apvit.finetuning.data import Splits, some_samples
 from timm_apvit.finetuning.training import Row, best_row
 from timm_apvit.vision_transformer import APViT
 from timm_apvit.visualize import plot_patches
@@ -18,10 +18,9 @@ PICTURED = 8
 
 @torch.inference_mode()
 def save_picture(model: APViT, splits: Splits, data_config: dict[str, Any], path: Path) -> None:
-    """Draw where the model looks in the first test images, spread over the test data."""
+    """Draw where the model looks in the test images."""
     model.eval()
-    step = max(1, len(splits.test) // PICTURED)
-    samples = [splits.test[index] for index in range(0, len(splits.test), step)][:PICTURED]
+    samples = some_samples(splits.test, PICTURED)
     images = torch.stack([image for image, _ in samples])
     predicted = model(images).argmax(1).tolist()
     titles = [
