@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from timm_apvit.finetuning.checkpoints import CheckpointStore, check_vacant, create_run, read_options, write_atomically
+from timm_apvit.finetuning.checkpoints import CheckpointStore, check_vacant, create_run, write_atomically
 
 TRAINED = {'w': torch.arange(3.0)}
 
@@ -125,28 +125,18 @@ def test_rejects_a_damaged_state_by_name(tmp_path: Path) -> None:
 
 
 def test_runs_are_made_in_new_or_empty_folders_only(tmp_path: Path) -> None:
-    options = {'epochs': 3, 'num_patches': [4, 4]}
     (tmp_path / 'empty').mkdir()
     for name in ('new/nested', 'empty'):
-        create_run(tmp_path / name, options)
-        assert read_options(tmp_path / name) == options
+        create_run(tmp_path / name, 'epochs: 3')
+        assert (tmp_path / name / 'config.yaml').read_text() == 'epochs: 3'
     with pytest.raises(FileExistsError, match=r'folder that does not exist yet, got .*empty'):
-        create_run(tmp_path / 'empty', {})
-    assert read_options(tmp_path / 'empty') == options
+        create_run(tmp_path / 'empty', '')
+    assert (tmp_path / 'empty/config.yaml').read_text() == 'epochs: 3'
     (tmp_path / 'file').write_text('precious')
     (tmp_path / 'link').symlink_to('nowhere')
     for name in ('file', 'link'):
         with pytest.raises(FileExistsError):
             check_vacant(tmp_path / name)
-
-
-def test_rejects_what_is_not_a_run(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r'holds options\.json, got'):
-        read_options(tmp_path)
-    for text in ('{"epochs":', '[]'):
-        (tmp_path / 'options.json').write_text(text)
-        with pytest.raises(ValueError, match=r'expected the options of a run'):
-            read_options(tmp_path)
 
 
 def test_write_atomically_replaces_or_leaves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

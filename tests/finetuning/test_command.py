@@ -243,7 +243,7 @@ def test_rejects_options_that_contradict_the_resumed_run(unbroken: Path, capsys:
 
 def test_rejects_a_damaged_run(unbroken: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / 'last').mkdir()
-    (tmp_path / 'options.json').write_text((unbroken / 'options.json').read_text())
+    (tmp_path / 'config.yaml').write_text((unbroken / 'config.yaml').read_text())
     (tmp_path / 'last').rename(tmp_path / 'version')
     (tmp_path / 'last').symlink_to('version')
     (tmp_path / 'last/training.pt').write_bytes((unbroken / 'last/training.pt').read_bytes()[:1000])

@@ -33,7 +33,7 @@ pytestmark = [
 ]
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, scope='module')
 def _collect_files() -> Iterator[None]:
     yield
     gc.collect()

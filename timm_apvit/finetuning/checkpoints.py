@@ -4,7 +4,6 @@ A version is written completely under a temporary name, flushed to disk and rena
 ``best`` are swapped, each atomically. Whoever follows a link always finds a whole version.
 """
 
-import json
 import os
 import shutil
 import signal
@@ -19,7 +18,7 @@ from filelock import FileLock, Timeout
 
 VERSIONS = 'checkpoints'
 LAST, BEST = 'last', 'best'
-OPTIONS_FILE = 'options.json'
+CONFIG_FILE = 'config.yaml'
 STATE_FILE = 'training.pt'
 LOCK_FILE = '.lock'
 
@@ -147,15 +146,15 @@ def locked(directory: Path) -> Iterator[None]:
         lock.release()
 
 
-def create_run(directory: Path, options: dict[str, Any]) -> None:
-    """Make the directory of a run, which must not exist or be empty, and note the run's options in it.
+def create_run(directory: Path, config: str) -> None:
+    """Make the directory of a run, which must not exist or be empty, and write the run's configuration file.
 
     Raises:
         FileExistsError: it exists and holds something.
     """
     check_vacant(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    write_atomically(directory / OPTIONS_FILE, json.dumps(options, indent=2) + '\n')
+    write_atomically(directory / CONFIG_FILE, config)
 
 
 def check_vacant(directory: Path) -> None:
@@ -167,25 +166,6 @@ def check_vacant(directory: Path) -> None:
     above = next(path for path in directory.absolute().parents if path.exists())
     if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
         raise NotADirectoryError(f'expected an output folder that can be made, got {str(directory)!r}')
-
-
-def read_options(directory: Path) -> dict[str, Any]:
-    """Read the options of a run.
-
-    Raises:
-        FileNotFoundError: not the directory of a run.
-        ValueError: the options are not readable.
-    """
-    path = directory / OPTIONS_FILE
-    if not path.is_file():
-        raise FileNotFoundError(f'expected the folder of a run, which holds {OPTIONS_FILE}, got {str(directory)!r}')
-    try:
-        options = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f'expected the options of a run, got a damaged {path}: {first_line(error)}') from error
-    if not isinstance(options, dict):
-        raise ValueError(f'expected the options of a run in {path}, got {type(options).__name__}')
-    return options
 
 
 def write_atomically(path: Path, text: str) -> None:

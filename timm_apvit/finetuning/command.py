@@ -11,6 +11,7 @@ import timm
 from torch import nn
 
 from timm_apvit.finetuning.checkpoints import BEST, LAST, CheckpointStore, write_atomically
+from timm_apvit.finetuning.config import with_config
 from timm_apvit.finetuning.distributed import DEFAULT_TIMEOUT, gather_from_processes, is_main, joined, rank, world_size
 from timm_apvit.finetuning.failures import explain
 from timm_apvit.finetuning.parsing import count, format_budget
@@ -30,6 +31,10 @@ class RefusedError(Exception):
 def finetune(given: dict[str, Any]) -> int:
     """Run the command with the options given; return the exit status."""
     runs: list[Run] = []
+    try:
+        given = with_config(given)
+    except (ValueError, OSError) as error:
+        return _fail(str(error), 2) if is_main() else 2
     try:
         with joined(given.get('device'), given.get('timeout', DEFAULT_TIMEOUT)), ExitStack() as stack:
             runs.append(_together(lambda: prepare(given)))

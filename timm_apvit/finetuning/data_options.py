@@ -33,8 +33,8 @@ class DataOptions:
     color_jitter: float | None = None
     hflip: float | None = None
     vflip: float | None = None
-    scale: tuple[float, float] | None = None
-    ratio: tuple[float, float] | None = None
+    scale: list[float] | None = None
+    ratio: list[float] | None = None
     train_interpolation: str | None = None
     crop_pct: float | None = None
 

@@ -1,8 +1,7 @@
-"""Options of the fine-tuning command: their names, defaults and agreement."""
+"""Options of the fine-tuning command: their names and defaults."""
 
 import argparse
-import json
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
 from timm_apvit.finetuning.data_options import (
@@ -16,7 +15,6 @@ from timm_apvit.finetuning.engine_options import add_engine_arguments
 from timm_apvit.finetuning.parsing import (
     Budget,
     ModelKwargs,
-    format_budget,
     number,
     parse_model_kwarg,
     parse_num_patches,
@@ -169,6 +167,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     add = parser.add_argument_group('running').add_argument
     add('--output', metavar='DIR', help='a new folder for checkpoints, metrics and picture (default: runs/MODEL-TIME)')
+    add(
+        '--config',
+        metavar='FILE',
+        help='YAML or JSON with options by their names, such as batch_size: 64; those given here win; each run writes '
+        'a config.yaml that repeats it (default: none)',
+    )
     add('--resume', metavar='DIR', help='continue the interrupted run in this folder, with its own options')
     add(
         '--workers',
@@ -181,54 +185,3 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_engine_arguments(parser)
     add_data_arguments(parser, training=True)
     add_augmentation_arguments(parser)
-
-
-def to_json(options: Options) -> dict[str, Any]:
-    """The options that make a run what it is."""
-    return {name: value for name, value in asdict(options).items() if name not in RUNTIME_OPTIONS}
-
-
-def from_json(saved: dict[str, Any], given: dict[str, Any]) -> Options:
-    """Options of a saved run with those given now, which must not contradict it.
-
-    Raises:
-        ValueError: an option differs from the run's own, or is unknown.
-    """
-    known = {f.name for f in fields(Options)}
-    if unknown := sorted(set(saved) - known):
-        raise ValueError(f'expected options of this version, got the unknown {", ".join(unknown)}')
-    if missing := sorted(known - set(saved) - RUNTIME_OPTIONS):
-        raise ValueError(f'expected the options of a run, got none for {", ".join(missing)}')
-    fixed = {name: value for name, value in given.items() if name not in RUNTIME_OPTIONS | CHANGEABLE_OPTIONS}
-    differing = [name for name, value in fixed.items() if not _agree(saved[name], value)]
-    if differing:
-        texts = [f'{_flag(name)} {_shown(name, given)} (the run has {_shown(name, saved)})' for name in differing]
-        raise ValueError(f'expected the options of the run that is resumed, got {", ".join(texts)}')
-    free = {name: value for name, value in given.items() if name in RUNTIME_OPTIONS | CHANGEABLE_OPTIONS}
-    return Options(**{**_tuples(saved), **free})
-
-
-def _tuples(value: Any) -> Any:
-    """What JSON read back, with tuples for its lists."""
-    if isinstance(value, dict):
-        return {key: _tuples(item) for key, item in value.items()}
-    return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
-
-
-def _agree(saved: Any, given: Any) -> bool:
-    """Whether a given option is the saved one; of arguments of the model, those that are given."""
-    given = json.loads(json.dumps(given))
-    if isinstance(given, dict):
-        return all(name in saved and saved[name] == value for name, value in given.items())
-    return bool(saved == given)
-
-
-def _shown(name: str, values: dict[str, Any]) -> str:
-    """The value of an option as people give it."""
-    if name == 'num_patches' and values[name] is not None:
-        return ','.join(map(format_budget, _tuples(values[name])))
-    return str(values[name])
-
-
-def _flag(name: str) -> str:
-    return 'DATA' if name == 'data' else '--' + name.replace('_', '-')

@@ -1,7 +1,6 @@
 """From options to a run: everything that can be checked before any long work is checked here."""
 
 import importlib.util
-import json
 import os
 import time
 from collections.abc import Iterator
@@ -20,13 +19,13 @@ from timm_apvit.finetuning.checkpoints import (
     create_run,
     first_line,
     locked,
-    read_options,
 )
+from timm_apvit.finetuning.config import config_text, resumed_options
 from timm_apvit.finetuning.data import Splits
 from timm_apvit.finetuning.distributed import is_main, local_device, own_share, processes_here
 from timm_apvit.finetuning.learner import Distillation
 from timm_apvit.finetuning.models import create_model, image_config, start_model
-from timm_apvit.finetuning.options import Options, from_json, to_json
+from timm_apvit.finetuning.options import Options
 from timm_apvit.finetuning.schedule import Schedule
 from timm_apvit.finetuning.soundness import check_batches, check_epochs, check_options
 from timm_apvit.finetuning.sources import is_path, load_splits
@@ -79,7 +78,7 @@ def prepare(given: dict[str, Any]) -> Run:
         if given.get('output') is not None:
             raise ValueError('expected --output or --resume, got both')
         directory = Path(given['resume'])
-        options = from_json(read_options(directory), given)
+        options = resumed_options(directory, given)
         states = [CheckpointStore(each).load() for each in (directory, directory / 'twin')]
     else:
         options = Options(**given)
@@ -94,7 +93,7 @@ def prepare(given: dict[str, Any]) -> Run:
     if options.threads is not None:
         torch.set_num_threads(options.threads)
 
-    json.dumps(to_json(options))  # raises TypeError before any long work
+    config_text(options)  # raises TypeError before any long work
     # A model without a classifier is quickly made and tells what images it takes, before the data are looked through.
     data_config = image_config(create_model(options, num_classes=0))
     splits = load_splits(options, data_config, schedule.workers)
@@ -118,7 +117,7 @@ def opened(run: Run) -> Iterator[None]:
         yield
         return
     if not run.resumed:
-        create_run(run.directory, to_json(run.options))
+        create_run(run.directory, config_text(run.options))
     with locked(run.directory):
         yield
 
