@@ -3,7 +3,7 @@
 import json
 import sys
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,6 +14,7 @@ from timm_apvit.finetuning.checkpoints import BEST, LAST, CheckpointStore, write
 from timm_apvit.finetuning.config import with_config
 from timm_apvit.finetuning.distributed import DEFAULT_TIMEOUT, gather_from_processes, is_main, joined, rank, world_size
 from timm_apvit.finetuning.failures import explain
+from timm_apvit.finetuning.logs import MetricsLog
 from timm_apvit.finetuning.parsing import count, format_budget
 from timm_apvit.finetuning.preparation import Run, opened, prepare
 from timm_apvit.finetuning.report import epoch_line, save_picture, summarise, table
@@ -112,11 +113,12 @@ def _train(
         directory.mkdir(exist_ok=True)
 
     def on_epoch(rows: list[Row]) -> None:
-        write_atomically(directory / 'metrics.jsonl', ''.join(json.dumps(row) + '\n' for row in rows))
+        log.write(rows)
         _echo(f'{name:<12}  {epoch_line(rows[-1], run.schedule.epochs)}')
 
     store = CheckpointStore(directory)
-    return train(model, run.splits, run.schedule, store, export, on_epoch, name, run.distillation)
+    with closing(MetricsLog(directory, run.options.tensorboard)) as log:
+        return train(model, run.splits, run.schedule, store, export, on_epoch, name, run.distillation)
 
 
 def _kept(runs: list[Run]) -> str:

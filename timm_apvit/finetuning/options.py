@@ -39,8 +39,8 @@ EMBEDDED_MODEL_KWARGS: dict[str, Any] = {
 }
 # These change where and how fast a run computes, not what: --resume takes them anew.
 RUNTIME_OPTIONS = frozenset({'output', 'resume', 'workers', 'device', 'threads', 'timeout'})
-# These too, but a run keeps them until --resume changes them: they decide whether it fits into memory.
-CHANGEABLE_OPTIONS = frozenset({'grad_accum', 'grad_checkpointing', 'compile'})
+# These too, but a run keeps them until --resume changes them: whether it fits into memory, and what it tells.
+CHANGEABLE_OPTIONS = frozenset({'grad_accum', 'grad_checkpointing', 'compile', 'tensorboard'})
 
 
 @dataclass(frozen=True)
@@ -88,6 +88,7 @@ class Options(DataOptions):
     workers: int | None = None
     threads: int | None = None
     device: str | None = None
+    tensorboard: bool = False
     output: str | None = None
     resume: str | None = None
 
@@ -174,6 +175,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         'a config.yaml that repeats it (default: none)',
     )
     add('--resume', metavar='DIR', help='continue the interrupted run in this folder, with its own options')
+    add(
+        '--tensorboard',
+        action=argparse.BooleanOptionalAction,
+        help='write the metrics for TensorBoard too (default: no: metrics.csv and metrics.jsonl have them all)',
+    )
     add(
         '--workers',
         type=number(int, 0),

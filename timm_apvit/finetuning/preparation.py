@@ -24,6 +24,7 @@ from timm_apvit.finetuning.config import config_text, resumed_options
 from timm_apvit.finetuning.data import Splits
 from timm_apvit.finetuning.distributed import is_main, local_device, own_share, processes_here
 from timm_apvit.finetuning.learner import Distillation
+from timm_apvit.finetuning.logs import check_tensorboard
 from timm_apvit.finetuning.models import create_model, image_config, start_model
 from timm_apvit.finetuning.options import Options
 from timm_apvit.finetuning.schedule import Schedule
@@ -93,6 +94,8 @@ def prepare(given: dict[str, Any]) -> Run:
     if options.threads is not None:
         torch.set_num_threads(options.threads)
 
+    if options.tensorboard:
+        check_tensorboard()
     config_text(options)  # raises TypeError before any long work
     # A model without a classifier is quickly made and tells what images it takes, before the data are looked through.
     data_config = image_config(create_model(options, num_classes=0))

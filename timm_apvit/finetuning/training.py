@@ -19,6 +19,7 @@ from timm_apvit.finetuning.data import Splits, create_batches, seed_from
 from timm_apvit.finetuning.distributed import gather_from_processes, is_main, own_share, rank
 from timm_apvit.finetuning.evaluation import evaluate_budgets
 from timm_apvit.finetuning.learner import Distillation, Learner, mean_losses
+from timm_apvit.finetuning.progress import Progress
 from timm_apvit.finetuning.schedule import Schedule
 
 # What a saved state holds.
@@ -64,11 +65,14 @@ def train(
     updates_per_epoch = len(_batches(splits, schedule, epoch=0)) // share.pieces
     learner = Learner(model, schedule, len(splits.label_names), updates_per_epoch, distillation)
     rows = _restore(learner, store, on_epoch)
-    for epoch in range(len(rows), schedule.epochs):
+    epochs = range(len(rows), schedule.epochs)
+    images = min(schedule.batch_size, len(splits.train))
+    progress = Progress(name, updates_per_epoch, images, epochs, shown=is_main())
+    for epoch in epochs:
         start = time.monotonic()
         # Dropout, stochastic depth and the like: other numbers than those that order the data, in every process.
         torch.manual_seed(seed_from(schedule.seed, epoch, 1, rank()))
-        train_loss = _train_epoch(learner, _batches(splits, schedule, epoch), epoch, f'{name} {epoch + 1}')
+        train_loss = _train_epoch(learner, _batches(splits, schedule, epoch), epoch, progress)
         metrics = evaluate_budgets(
             learner.weights,
             splits,
@@ -133,21 +137,20 @@ def _batches(splits: Splits, schedule: Schedule, epoch: int) -> DataLoader[tuple
     )
 
 
-def _train_epoch(learner: Learner, pieces: DataLoader[tuple[Tensor, int]], epoch: int, name: str) -> float:
+def _train_epoch(learner: Learner, pieces: DataLoader[tuple[Tensor, int]], epoch: int, progress: Progress) -> float:
     """Train for one epoch, from 0, and return the mean loss."""
-    from tqdm import tqdm
-
     learner.begin_epoch(epoch)
     first = epoch * learner.updates_per_epoch
     losses: list[float] = []
     unseen: list[Tensor] = []
     updates = range(first, first + learner.updates_per_epoch)
     loading = iter(pieces)
-    with tqdm(updates, desc=name, leave=False, disable=None if is_main() else True, unit='batch') as bar:
-        for update in bar:
+    with progress.epoch(epoch):
+        for update in updates:
             unseen.append(learner.update(islice(loading, learner.schedule.grad_accum), update))
+            mean = None
             if len(unseen) == CHECK_EVERY or update == updates[-1]:
                 losses += mean_losses(unseen, update + 1 - len(unseen))
-                unseen = []
-                bar.set_postfix(loss=f'{sum(losses) / len(losses):.3f}', refresh=False)
+                mean, unseen = sum(losses) / len(losses), []
+            progress.advance(mean)
     return sum(losses) / len(losses)
