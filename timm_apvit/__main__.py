@@ -7,6 +7,7 @@ from typing import NoReturn
 
 from timm_apvit import __version__
 from timm_apvit.finetuning.command import finetune
+from timm_apvit.finetuning.evaluate import add_evaluate_arguments, evaluate_command
 from timm_apvit.finetuning.options import add_arguments
 
 
@@ -26,6 +27,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command = commands.add_parser('finetune', help=help_text, description=help_text[0].upper() + help_text[1:] + '.')
     add_arguments(command)
     command.set_defaults(run=finetune)
+    help_text = 'measure accuracy, cost and speed of a model at several numbers of patches'
+    command = commands.add_parser('evaluate', help=help_text, description=help_text[0].upper() + help_text[1:] + '.')
+    add_evaluate_arguments(command)
+    command.set_defaults(run=evaluate_command)
     given = vars(parser.parse_args(arguments))
     run = given.pop('run')
     return int(run(given))

@@ -17,13 +17,14 @@ from images import CONFIG, write_images
 from PIL import Image
 
 from timm_apvit.__main__ import main
-from timm_apvit.finetuning.data import AnySamples, Splits, Stream, create_batches, some_samples
+from timm_apvit.finetuning.data import AnySamples, Splits, create_batches, some_samples
 from timm_apvit.finetuning.distributed import own_share
 from timm_apvit.finetuning.options import Options
 from timm_apvit.finetuning.sharing import Share
 from timm_apvit.finetuning.sources import load_splits
 
 SHARDS, PER_SHARD = 4, 5
+TINY = '--model test_apvit --img-size 32 --num-patches 2 --epochs 1 --batch-size 4 --device cpu'
 
 pytestmark = [
     # Readers of datasets leave files to the garbage collector.
@@ -43,21 +44,21 @@ def load(**options: Any) -> Splits:
     return load_splits(Options(**options), CONFIG, workers=1)
 
 
-def jpeg(label: int, identity: int) -> bytes:
+def png(identity: int) -> bytes:
     """A small grey image whose brightness tells it from others."""
     image, buffer = Image.new('RGB', (30, 28), (10 * identity + 5,) * 3), io.BytesIO()
     image.save(buffer, 'png')
     return buffer.getvalue()
 
 
-def write_shards(folder: Path, split: str, shards: int = SHARDS, per_shard: int = PER_SHARD) -> None:
+def write_shards(folder: Path, split: str, shards: int = SHARDS, per_shard: int = PER_SHARD, classes: int = 2) -> None:
     """Write shards whose images are of brightness 0, 1, 2, ... and of class 0, 1, 0, ..."""
     folder.mkdir(exist_ok=True)
     for shard in range(shards):
         with tarfile.open(folder / f'{split}-{shard:02}.tar', 'w') as tar:
             for n in range(shard * per_shard, (shard + 1) * per_shard):
-                label = str(n % 2).encode()
-                for name, content in ((f'{n:04}.png', jpeg(n % 2, n)), (f'{n:04}.cls', label)):
+                label = str(n % classes).encode()
+                for name, content in ((f'{n:04}.png', png(n)), (f'{n:04}.cls', label)):
                     info = tarfile.TarInfo(name)
                     info.size = len(content)
                     tar.addfile(info, io.BytesIO(content))
@@ -204,13 +205,14 @@ def test_rejects_shards_that_are_not_fully_described(
         load(**{**shards, **change})
 
 
-def test_rejects_labels_that_are_not_of_a_class(shards: dict[str, Any], tmp_path: Path) -> None:
-    write_shards(tmp_path / 'shards', 'train')
-    splits = load(**shards)
-    assert isinstance(splits.train, Stream)
-    splits.train.num_classes = 1
-    with pytest.raises(ValueError, match='labels from 0 to 0, got 1: see --num-classes'):
-        read(splits.train, 0, 4)
+@pytest.mark.parametrize('workers', [0, 1])
+def test_rejects_labels_that_are_not_of_a_class_when_it_meets_them(
+    workers: int, shards: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_shards(tmp_path / 'shards', 'train', classes=3)
+    command = ['finetune', *arguments_of(shards), *TINY.split(), '--workers', str(workers)]
+    assert main([*command, '--output', str(tmp_path / 'run')]) == 1
+    assert capsys.readouterr().err == 'error: expected labels from 0 to 1, got 2: see --num-classes\n'
 
 
 def test_a_stream_without_the_images_it_declares_is_an_error(shards: dict[str, Any], tmp_path: Path) -> None:
@@ -254,21 +256,24 @@ def test_torchvision_datasets_are_seeded_converted_and_named(fashion: Path) -> N
 
 def test_command_trains_on_a_torchvision_dataset(fashion: Path, tmp_path: Path) -> None:
     output = tmp_path / 'run'
-    arguments = '--model test_apvit --img-size 32 --num-patches 2 --epochs 1 --batch-size 4 --workers 0 --device cpu'
     source = ['torch/fashion_mnist', '--data-dir', str(fashion)]
-    assert main(['finetune', *source, *arguments.split(), '--output', str(output)]) == 0
+    assert main(['finetune', *source, *TINY.split(), '--workers', '0', '--output', str(output)]) == 0
     config = json.loads((output / 'best/config.json').read_text())
     assert config['label_names'][9] == 'Ankle boot'
+
+
+def arguments_of(shards: dict[str, Any]) -> list[str]:
+    """The source of images as the command line has it."""
+    names = ('data_dir', 'train_split', 'val_split', 'num_classes')
+    return ['wds/', *(word for name in names for word in (f'--{name.replace("_", "-")}', str(shards[name])))]
 
 
 def test_command_trains_on_shards_and_resumes_at_the_beginning_of_an_epoch(
     shards: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    names = ('data_dir', 'train_split', 'val_split', 'num_classes')
-    source = ['wds/', *(word for name in names for word in (f'--{name.replace("_", "-")}', str(shards[name])))]
-    arguments = '--model test_apvit --img-size 32 --num-patches 2 --epochs 2 --batch-size 4 --workers 2 --device cpu'
     for name in ('whole', 'parts'):
-        command = ['finetune', *source, *arguments.split(), '--output', str(tmp_path / name)]
+        command = ['finetune', *arguments_of(shards), *TINY.split(), '--workers', '2', '--epochs', '2']
+        command += ['--output', str(tmp_path / name)]
         if name == 'parts':
             # Stops after the first epoch has been saved.
             with monkeypatch.context() as patched:

@@ -211,5 +211,8 @@ def _remove(path: Path) -> None:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message, or its name."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    """The first line of an error's message, or its name; of an error in a worker, what went wrong there."""
+    lines = (str(error).strip() or type(error).__name__).splitlines()
+    if lines[0].startswith('Caught ') and 'DataLoader worker' in lines[0]:
+        return lines[-1].partition(': ')[2] or lines[-1]
+    return lines[0]

@@ -44,7 +44,8 @@ def finetune(given: dict[str, Any]) -> int:
     except RefusedError as error:
         return _fail(str(error), 2) if is_main() else 2
     # RuntimeError: out of memory, a lost process, and what else torch finds only when it computes.
-    except (FloatingPointError, OSError, RuntimeError, MemoryError) as error:
+    # ValueError: data that are wrong where they were not read before.
+    except (FloatingPointError, OSError, RuntimeError, MemoryError, ValueError) as error:
         agreed = isinstance(error, FloatingPointError)
         who = f'process {rank()}: ' if rank() > 0 else ''
         if is_main() or not agreed:

@@ -55,13 +55,13 @@ def start_model(options: Options, num_classes: int) -> Start:
 
 
 def create_model(
-    options: Options, num_classes: int, weights: bool = False, overlay: dict[str, Any] | None = None
+    options: Options, num_classes: int | None, weights: bool = False, overlay: dict[str, Any] | None = None
 ) -> APViT:
     """Create the model of the options.
 
     Args:
         options: its name, arguments and weights.
-        num_classes: 0: without a classifier.
+        num_classes: 0: without a classifier; None: as many as its weights have.
         weights: whether to load them.
         overlay: changes of the model's ``pretrained_cfg``.
 
@@ -73,6 +73,8 @@ def create_model(
     kwargs = {**options.model_kwargs, **{key: value for key, value in optional.items() if value is not None}}
     if options.num_patches:
         kwargs['num_patches'] = max(options.num_patches, key=count)
+    if num_classes is not None:
+        kwargs['num_classes'] = num_classes
     check_registered(name, 'apvit_*')
     overlay = dict(overlay or {})
     if weights and options.checkpoint is not None:
@@ -80,7 +82,7 @@ def create_model(
     if overlay:
         kwargs['pretrained_cfg_overlay'] = overlay
     try:
-        model = timm.create_model(name, pretrained=weights, num_classes=num_classes, **kwargs)
+        model = timm.create_model(name, pretrained=weights, **kwargs)
     # Weights that are damaged, of another model or out of reach fail in as many ways as there are formats.
     except Exception as error:
         source = f' with the weights in {options.checkpoint}' if weights and options.checkpoint else ''

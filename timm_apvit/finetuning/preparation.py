@@ -182,18 +182,27 @@ def with_defaults(options: Options) -> Options:
     return replace(options, **changes)
 
 
-def _schedule(options: Options) -> Schedule:
-    device = local_device(options.device)
+def checked_device(device: str, amp: str | None) -> str:
+    """The device, if it is there and computes in the data type.
+
+    Raises:
+        ValueError: it is not, or does not.
+    """
     try:
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f'expected a device that is there, got {device!r}: {first_line(error)}') from None
+    if amp == 'float16' and not device.startswith('cuda'):
+        raise ValueError(f'expected --amp bfloat16 on {device!r}, got float16, which needs a CUDA GPU')
+    return device
+
+
+def _schedule(options: Options) -> Schedule:
+    device = checked_device(local_device(options.device), options.amp)
     workers = options.workers
     if workers is None:
         workers = 0 if options.data is None else min(8, (os.cpu_count() or 1) // processes_here())
     same = {name: getattr(options, name) for name in Schedule._fields if name not in ('device', 'workers')}
-    if same['amp'] == 'float16' and not device.startswith('cuda'):
-        raise ValueError(f'expected --amp bfloat16 on {device!r}, got float16, which needs a CUDA GPU')
     schedule = Schedule(**same, device=device, workers=workers)
     check_epochs(schedule)
     return schedule

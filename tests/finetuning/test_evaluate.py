@@ -1,0 +1,177 @@
+"""The evaluation command: what it measures, of which model, on which data."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from conftest import create
+from images import write_images
+from safetensors.torch import save_file
+from torch import nn
+
+from timm_apvit.__main__ import main
+from timm_apvit.finetuning import evaluate as evaluate_module
+from timm_apvit.finetuning.evaluate import images_per_second, load_subject, measure, multiply_adds
+from timm_apvit.hub import save_pretrained
+
+TINY = '--model test_apvit --img-size 32 --num-patches 2,4 --samples 32 --test-samples 24 --batch-size 16 --epochs 1'
+TINY += ' --model-kwargs depth=2 --threads 1 --device cpu --no-twin --seed 3'
+
+
+@pytest.fixture(autouse=True)
+def _quickly(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluate_module, 'SECONDS', 0.01)
+
+
+@pytest.fixture(scope='module')
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp('runs') / 'run'
+    assert main(['finetune', *TINY.split(), '--output', str(directory)]) == 0
+    return directory
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for n, name in enumerate(('train/cat', 'train/dog', 'val/cat', 'val/dog')):
+        write_images(tmp_path / 'images' / name, 3, seed=n)
+    return tmp_path / 'images'
+
+
+def saved(directory: Path, names: list[str] | None, num_classes: int = 2) -> str:
+    model = create(img_size=32, num_patches=2, num_classes=num_classes)
+    nn.init.normal_(model.head.weight)
+    save_pretrained(model, directory, label_names=names)
+    return f'local-dir:{directory}'
+
+
+def test_run_is_evaluated_on_its_own_data_as_in_its_training(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / 'results.json'
+    assert main(['evaluate', str(run), '--device', 'cpu', '--batch-size', '5', '--json', str(file)]) == 0
+    report = json.loads(file.read_text())
+    metrics = json.loads((run / 'metrics.jsonl').read_text())
+    assert [row['budget'] for row in report['rows']] == ['2', '4']
+    for row in report['rows']:
+        assert row['images'] == 24
+        assert row['top1'] == pytest.approx(metrics[f'test_top1_{row["budget"]}'])
+        assert row['loss'] == pytest.approx(metrics[f'test_loss_{row["budget"]}'], rel=1e-5)
+        assert row['top1'] <= row['top5'] <= 1
+        assert row['images_per_second'].keys() == {'1', '5'}
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0].split()[:3] == ['patches', 'top-1', 'top-5']
+    assert [line.split()[0] for line in printed[1:3]] == ['2', '4']
+    assert printed[1].split()[1] == f'{report["rows"][0]["top1"]:.3f}'
+    assert printed[3].startswith('24 images; multiply-adds: of matrix products')
+
+
+def test_budgets_and_sizes_that_were_not_trained_are_evaluated(run: Path, tmp_path: Path) -> None:
+    file = tmp_path / 'results.json'
+    command = ['evaluate', str(run), '--num-patches', '1,2x3,7', '--img-size', '48', '--device', 'cpu']
+    assert main([*command, '--batch-size', '1', '--amp', 'bfloat16', '--json', str(file)]) == 0
+    rows = json.loads(file.read_text())['rows']
+    assert [(row['budget'], row['num_patches']) for row in rows] == [('1', 1), ('2x3', 6), ('7', 7)]
+    costs = [row['multiply_adds'] for row in rows]
+    assert costs == sorted(costs)
+    assert len(set(costs)) == 3
+    assert rows[0]['images_per_second'].keys() == {'1'}
+
+
+def test_accuracy_is_that_of_the_logits(folder: Path, tmp_path: Path) -> None:
+    names = ['cat', 'dog', 'eel', 'fox', 'gnu', 'hen', 'ibex']
+    model = saved(tmp_path / 'model', names, num_classes=7)
+    subject = load_subject({'model': model, 'data': str(folder), 'device': 'cpu', 'batch_size': 4})
+    row = measure(subject, 3)
+    images, labels = zip(*(subject.splits.test[n] for n in range(6)), strict=True)
+    reference = timm.create_model(model, pretrained=True).eval()
+    reference.set_num_patches(3)
+    with torch.no_grad():
+        logits = reference(torch.stack(images))
+    order = logits.argsort(1, descending=True)
+    right = order == torch.tensor(labels)[:, None]
+    assert labels == (0, 0, 0, 1, 1, 1)
+    assert row['top1'] == pytest.approx(right[:, 0].float().mean())
+    assert row['top5'] == pytest.approx(right[:, :5].any(1).float().mean())
+    assert row['loss'] == pytest.approx(nn.functional.cross_entropy(logits, torch.tensor(labels)).item(), rel=1e-5)
+
+
+def test_multiply_adds_are_those_of_the_products() -> None:
+    layer = nn.Sequential(nn.Conv2d(3, 8, 4, stride=4), nn.Flatten(), nn.Linear(8 * 4, 5))
+    assert multiply_adds(layer, torch.randn(1, 3, 8, 8)) == 4 * 8 * 3 * 16 + 8 * 4 * 5
+
+    class Attention(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return nn.functional.scaled_dot_product_attention(x, x, x)
+
+    assert multiply_adds(Attention(), torch.randn(1, 2, 6, 4)) == 2 * 2 * 6 * 6 * 4
+
+
+def test_speed_is_images_by_seconds() -> None:
+    torch.set_num_threads(1)
+    waits: list[Any] = []
+
+    def forward() -> None:
+        waits.append(None)
+        torch.ones(200, 200) @ torch.ones(200, 200)
+
+    one, four = (images_per_second(forward, images, seconds=0.05) for images in (1, 4))
+    assert len(waits) > 2
+    assert 1.5 < four / one < 10
+
+
+def test_registered_model_takes_weights_with_their_own_classes(folder: Path, tmp_path: Path) -> None:
+    vit = timm.create_model('test_vit', num_classes=2)
+    nn.init.normal_(vit.head.weight)
+    save_file(vit.state_dict(), tmp_path / 'vit.safetensors')
+    given = {'model': 'test_apvit', 'checkpoint': str(tmp_path / 'vit.safetensors'), 'data': str(folder / 'val')}
+    subject = load_subject({**given, 'device': 'cpu'})
+    assert torch.equal(subject.model.head.weight, vit.head.weight)
+    assert subject.budgets == (subject.model.num_patches,)
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'message'),
+    [
+        ('{}/none {}/images', 'expected a registered model, such as'),
+        ('local-dir:{}/none {}/images', 'was none saved yet?'),
+        ('local-dir:{}/model', "expected DATA, or a run's folder"),
+        ('{}/model {}/images', "expected a run's folder, which holds config.yaml, or local-dir:"),
+        ('local-dir:{}/model {}/none', 'which is not a folder'),
+        ('local-dir:{}/other {}/images', 'expected data of 3 classes, as the model has, got 2: cat, dog'),
+        ('local-dir:{}/model {}/images --class-map {}/turned.txt', 'expected the classes in the order of the model'),
+        ('local-dir:{}/model {}/images --checkpoint {}/x', 'which has weights of its own'),
+        ('test_apvit {}/images --checkpoint {}/headless.safetensors', 'weights with a classifier'),
+        ('local-dir:{}/model {}/images --device toaster', "got 'toaster'"),
+        ('local-dir:{}/model {}/images --amp float16', 'needs a CUDA GPU'),
+        ('local-dir:{}/model {}/images --json {}/no/x.json', '--json FILE in a folder that exists'),
+        ('local-dir:{}/model {}/images --num-patches 0', "got '0'"),
+        ('local-dir:{}/model {}/images --epochs 3', '--epochs'),
+    ],
+)
+def test_rejects_what_cannot_be_evaluated(
+    arguments: str, message: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    saved(tmp_path / 'model', ['cat', 'dog'])
+    saved(tmp_path / 'other', None, num_classes=3)
+    (tmp_path / 'turned.txt').write_text('dog\ncat\n')
+    headless = timm.create_model('test_vit', num_classes=0)
+    save_file(headless.state_dict(), tmp_path / 'headless.safetensors')
+    try:
+        status = main(['evaluate', '--device', 'cpu', *arguments.replace('{}', str(tmp_path)).split()])
+    except SystemExit as error:
+        status = int(str(error.code))
+    captured = capsys.readouterr()
+    assert status == 2
+    assert message in captured.err
+    assert captured.err.count('\n') == 1
+
+
+def test_run_without_a_checkpoint_has_nothing_to_evaluate(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / 'config.yaml').write_text((run / 'config.yaml').read_text())
+    assert main(['evaluate', str(tmp_path), '--device', 'cpu']) == 2
+    assert 'was none saved yet?' in capsys.readouterr().err
