@@ -1,0 +1,53 @@
+"""Recipes that are too long to run here: their options are sound and their models can be built."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+
+from timm_apvit.__main__ import main
+from timm_apvit.finetuning.config import with_config
+from timm_apvit.finetuning.evaluate import multiply_adds
+from timm_apvit.finetuning.models import create_model
+from timm_apvit.finetuning.options import Options
+from timm_apvit.finetuning.preparation import with_defaults
+from timm_apvit.finetuning.soundness import check_options
+from timm_apvit.finetuning.sources import check
+
+RECIPE = Path(__file__).parents[2] / 'benchmarks/recipes/imagenet1k.yaml'
+
+
+@pytest.mark.parametrize('size', ['small', 'base', 'large'])
+def test_imagenet_recipe_is_sound_and_costs_what_it_says(size: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = RECIPE.read_text()
+    # The words that the recipe's own comments add for this model.
+    more = '' if size == 'small' else re.search(rf'#     (--model apvit_{size}.*)\n', text)[1]  # type: ignore[index]
+    given: list[dict[str, object]] = []
+    monkeypatch.setattr('timm_apvit.__main__.finetune', lambda options: given.append(options) or 0)
+    assert main(['finetune', '/data/imagenet', '--config', str(RECIPE), *shlex.split(more)]) == 0
+    options = Options(**with_config(given[0]))
+    check_options(options)
+    check(options)
+    assert options.model == f'apvit_{size}.augreg_in21k_ft_in1k'
+    assert with_defaults(options).lr == options.lr == 1e-5
+
+    costs = []
+    with torch.device('meta'):
+        model = create_model(options, 1000).eval()
+        for budget in options.num_patches or ():
+            model.set_num_patches(budget)
+            image = torch.randn(1, 3, 224, 224)
+            assert model(image).shape == (1, 1000)
+            costs.append(multiply_adds(model, image) / 1e9)
+    fewer, more_patches = costs
+    step = 3 * (fewer + more_patches) / 2 + more_patches
+    total = 1251 * 1024 * 30 * step + 30 * 50_000 * (fewer + more_patches)
+    row = re.search(rf'#     apvit_{size} +([\d.]+) +([\d.]+) +([\d.]+) +([\d.]+) +([\d.]+)\n', text)
+    assert row is not None
+    said = [float(number) for number in row.groups()]
+    assert said[:3] == [pytest.approx(cost, abs=0.01) for cost in (fewer, more_patches, step)]
+    assert said[3] == pytest.approx(total / 1e9, abs=0.01)
+    assert said[4] == pytest.approx(2 * total * 1e9 / 50e12 / 3600, rel=0.02)
+    assert 'THIS HAS NOT BEEN RUN' in text
