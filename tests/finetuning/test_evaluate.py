@@ -175,3 +175,18 @@ def test_run_without_a_checkpoint_has_nothing_to_evaluate(
     (tmp_path / 'config.yaml').write_text((run / 'config.yaml').read_text())
     assert main(['evaluate', str(tmp_path), '--device', 'cpu']) == 2
     assert 'was none saved yet?' in capsys.readouterr().err
+
+
+def test_run_on_a_folder_is_evaluated_with_its_own_crop(folder: Path, tmp_path: Path) -> None:
+    output, file = tmp_path / 'run', tmp_path / 'results.json'
+    tiny = '--model test_apvit --img-size 32 --epochs 1 --batch-size 2 --workers 0 --device cpu --crop-pct 0.5'
+    assert main(['finetune', str(folder), *tiny.split(), '--no-twin', '--output', str(output)]) == 0
+    assert json.loads((output / 'best/config.json').read_text())['pretrained_cfg']['crop_pct'] == 0.5
+    expected = json.loads((output / 'metrics.jsonl').read_text())['test_loss']
+    losses = []
+    for command in ([str(output)], [f'local-dir:{output / "best"}', str(folder)], [str(output), '--crop-pct', '1']):
+        assert main(['evaluate', *command, '--device', 'cpu', '--json', str(file)]) == 0
+        losses.append(json.loads(file.read_text())['rows'][0]['loss'])
+    assert losses[0] == pytest.approx(expected, rel=1e-5)
+    assert losses[1] == pytest.approx(expected, rel=1e-5)
+    assert losses[2] != pytest.approx(expected, rel=1e-5)

@@ -328,7 +328,10 @@ def test_class_map_renumbers_the_classes_of_the_hub(hub_folder: str, tmp_path: P
     names.write_text('dog\nbird\ncat\n')
     splits = load(data=f'hfds/{hub_folder}', data_dir=str(tmp_path / 'cache'), class_map=str(names))
     assert splits.label_names == ('dog', 'bird', 'cat')
-    assert {splits.test[n][1] for n in range(6)} == {0, 2}
+    assert [splits.test[n][1] for n in range(6)] == [2, 2, 2, 0, 0, 0]
+    names.write_text('dog\nbird\n')
+    with pytest.raises(ValueError, match=r"a --class-map of all classes of hfds/.*, got none of 'cat'"):
+        load(data=f'hfds/{hub_folder}', data_dir=str(tmp_path / 'cache'), class_map=str(names))
 
 
 @pytest.mark.parametrize(('reader', 'module'), [('wds', 'webdataset'), ('hfds', 'datasets'), ('hfids', 'datasets')])

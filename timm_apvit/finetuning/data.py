@@ -181,7 +181,7 @@ class _Part(IterableDataset[Sample]):
         # timm makes its pipeline once; one that read an epoch before would continue with that epoch's random state.
         stream.dataset.reader.ds = None
         stream.dataset.reader.batch_size = batch_size
-        stream.dataset.set_loader_cfg(num_workers=workers)
+        stream.dataset.set_loader_cfg(num_workers=max(1, workers))
 
     def __len__(self) -> int:
         if self.batches is None:

@@ -103,6 +103,8 @@ def prepare(given: dict[str, Any]) -> Run:
     check_batches(schedule, len(splits.train), own_share(schedule.grad_accum))
     torch.manual_seed(options.seed)
     start = start_model(options, len(splits.label_names))
+    if options.crop_pct is not None:
+        start.model.pretrained_cfg['crop_pct'] = options.crop_pct  # which those who load the model crop by
     _check_states(states, splits)
     distillation = create_distillation(options, start, data_config)
     twin = create_twin(start.model, **options.model_kwargs) if options.twin else None

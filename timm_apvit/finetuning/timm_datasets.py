@@ -64,9 +64,6 @@ def create_timm_dataset(options: Options, mode: str, is_training: bool) -> Any:
         # timm joins the folder and the names of wds/ shards, which may be addresses.
         root = options.data_dir or ('' if reader_of(name) == 'wds' else None)
         arguments.update(root=root, input_img_mode=mode, input_key=options.image_key, target_key=options.target_key)
-    if reader_of(name) in ('hfds', 'hfids'):
-        # Only these have names for their classes by which a map can renumber them.
-        arguments['class_map'] = class_map(options)
     try:
         dataset = create_dataset(name, split=split, **arguments)
         if reader_of(name) == 'wds':
@@ -103,14 +100,7 @@ def label_names_of(dataset: Any, options: Options) -> tuple[str, ...]:
     Raises:
         ValueError: nobody says how many classes there are, or not the same number.
     """
-    own_numbers = getattr(getattr(dataset, 'reader', None), 'class_to_idx', None)
-    numbers: dict[Any, int] = own_numbers or class_map(options) or {}
-    if numbers:
-        names = tuple(map(str, sorted(numbers, key=numbers.__getitem__)))
-    else:
-        # torchvision's ImageNet has several names for a class.
-        own: Any = getattr(dataset, 'classes', None) or getattr(dataset, 'all_categories', ())
-        names = tuple(each if isinstance(each, str) else str(each[0]) for each in own)
+    names = tuple(class_map(options) or ()) or _own_names(dataset)
     if options.num_classes is not None and names and len(names) != options.num_classes:
         raise ValueError(f'expected --num-classes {len(names)}, as the data have, or none, got {options.num_classes}')
     names = names or tuple(map(str, range(options.num_classes or 0)))
@@ -120,6 +110,16 @@ def label_names_of(dataset: Any, options: Options) -> tuple[str, ...]:
             'give --num-classes or --class-map'
         )
     return names
+
+
+def _own_names(dataset: Any) -> tuple[str, ...]:
+    """Names that a dataset has for its classes, in order of their numbers; none: it does not say."""
+    numbers = getattr(getattr(dataset, 'reader', None), 'class_to_idx', None)
+    if numbers:
+        return tuple(map(str, sorted(numbers, key=numbers.__getitem__)))
+    own: Any = getattr(dataset, 'classes', None) or getattr(dataset, 'all_categories', ())
+    # torchvision's ImageNet has several names for a class.
+    return tuple(each if isinstance(each, str) else str(each[0]) for each in own)
 
 
 class _Transform:
@@ -136,6 +136,11 @@ class _Transform:
 def samples_of(dataset: Any, transform: Any, options: Options, mode: str, names: tuple[str, ...]) -> AnySamples:
     """Samples of a timm dataset, transformed and with checked labels."""
     converted = _Transform(mode, transform)
+    own_names = _own_names(dataset)
+    if own_names and own_names != names:
+        if unknown := sorted(set(own_names) - set(names)):
+            raise ValueError(f'expected a --class-map of all classes of {options.data}, got none of {unknown[0]!r}')
+        dataset.target_transform = [names.index(name) for name in own_names].__getitem__
     if reader_of(str(options.data)) not in STREAMS:
         if not len(dataset):
             raise ValueError(f'expected images, got none in {options.data}')
