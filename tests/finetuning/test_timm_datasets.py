@@ -92,8 +92,11 @@ def read(samples: AnySamples, epoch: int, batch_size: int, workers: int = 0) -> 
 
 
 @pytest.mark.parametrize('workers', [0, 2, 3])
-def test_an_epoch_of_a_stream_has_whole_batches_whatever_the_workers(workers: int, shards: dict[str, Any]) -> None:
+def test_an_epoch_of_a_stream_has_whole_batches_whatever_the_workers(
+    workers: int, shards: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
     splits = load(**shards)
+    assert not caplog.records
     assert splits.label_names == ('0', '1')
     assert len(splits.train) == 20
     assert len(create_batches(splits.train, 0, 6, shuffle=True, workers=workers)) == 3

@@ -13,7 +13,6 @@ import timm
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
 from timm_apvit import __version__
@@ -196,6 +195,8 @@ def multiply_adds(model: nn.Module, images: Tensor) -> int:
 
 def images_per_second(forward: Callable[[], Any], images: int, seconds: float | None = None) -> float:
     """Speed of a forward of so many images: of the median of runs of ``seconds`` in all, after a warm-up."""
+    from torch.utils.benchmark import Timer
+
     timer = Timer('forward()', globals={'forward': forward}, num_threads=torch.get_num_threads())
     timing = timer.blocked_autorange(min_run_time=SECONDS if seconds is None else seconds)
     return images / float(timing.median)

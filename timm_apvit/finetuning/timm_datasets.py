@@ -1,5 +1,8 @@
 """The datasets that timm reads by a name: torchvision's, those of the Hugging Face Hub, WebDataset's shards."""
 
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +68,8 @@ def create_timm_dataset(options: Options, mode: str, is_training: bool) -> Any:
         root = options.data_dir or ('' if reader_of(name) == 'wds' else None)
         arguments.update(root=root, input_img_mode=mode, input_key=options.image_key, target_key=options.target_key)
     try:
-        dataset = create_dataset(name, split=split, **arguments)
+        with _without_warnings():
+            dataset = create_dataset(name, split=split, **arguments)
         if reader_of(name) == 'wds':
             _check_shards_exist(dataset.reader)
     except FileNotFoundError:
@@ -76,6 +80,18 @@ def create_timm_dataset(options: Options, mode: str, is_training: bool) -> Any:
         hint = f'; give {length} where the data do not say how many images they have' * is_stream
         raise ValueError(f'cannot read split {split!r} of {name}: {first_line(error)}{hint}') from error
     return dataset
+
+
+@contextmanager
+def _without_warnings() -> Iterator[None]:
+    """Keep timm from warning of a file that shards may have, and need not if their pattern is given."""
+    logger = logging.getLogger('timm.data.readers.reader_wds')
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 def _stream_arguments(options: Options, is_training: bool) -> dict[str, Any]:
