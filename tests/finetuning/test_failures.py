@@ -19,6 +19,7 @@ from tiny import weights_of
 from timm_apvit.__main__ import main
 from timm_apvit.finetuning import command, learner
 from timm_apvit.finetuning.checkpoints import CheckpointStore, interrupted_only_after, locked
+from timm_apvit.finetuning.config import read_config
 from timm_apvit.finetuning.failures import explain
 
 TINY = '--model test_apvit --model-kwargs depth=1 --img-size 32 --num-patches 2 --samples 8 --test-samples 4'
@@ -258,7 +259,7 @@ def test_bad_input_of_another_process_is_told_by_the_main_one(
 
 def test_options_of_a_run_are_those_it_was_given(tmp_path: Path) -> None:
     assert run(tmp_path / 'run', '--epochs', '1', '--grad-accum', '2') == 0
-    options = json.loads((tmp_path / 'run/options.json').read_text())
+    options = read_config(tmp_path / 'run/config.yaml')
     assert options['grad_accum'] == 2
-    assert options['num_patches'] == [2]
+    assert options['num_patches'] == (2,)
     assert 'timeout' not in options

@@ -1,12 +1,13 @@
 """Options: defaults that depend on others."""
 
 import argparse
-import json
 from dataclasses import fields, replace
+from pathlib import Path
 
 import pytest
 
-from timm_apvit.finetuning.options import Options, add_arguments, from_json, to_json
+from timm_apvit.finetuning.config import config_text, resumed_options
+from timm_apvit.finetuning.options import Options, add_arguments
 from timm_apvit.finetuning.preparation import with_defaults
 
 
@@ -25,16 +26,16 @@ def test_help_of_every_option_names_its_default(capsys: pytest.CaptureFixture[st
     needless = {'help', 'resume', 'output', 'model_kwargs', 'checkpoint', 'pretrained'}  # nothing unless given
     silent = [a.dest for a in parser._actions if a.dest not in needless and 'default' not in (a.help or '')]
     assert silent == []
-    assert {a.dest for a in parser._actions} - {'help'} == {each.name for each in fields(Options)}
+    assert {a.dest for a in parser._actions} - {'help', 'config'} == {each.name for each in fields(Options)}
     parser.print_help()  # fails on a stray %
     assert '--attention-weight' in capsys.readouterr().out
 
 
-def test_budgets_survive_json_and_resume_lets_change_what_memory_needs() -> None:
+def test_resume_lets_change_what_memory_needs(tmp_path: Path) -> None:
     options = with_defaults(Options(num_patches=(16, (7, 14)), model='test_apvit'))
-    saved = json.loads(json.dumps(to_json(options)))
+    (tmp_path / 'config.yaml').write_text(config_text(options))
     given = {'num_patches': (16, (7, 14)), 'grad_accum': 4, 'grad_checkpointing': True, 'timeout': 3.0}
-    resumed = from_json(saved, given)
-    assert resumed == replace(options, grad_accum=4, grad_checkpointing=True, timeout=3.0)
+    expected = replace(options, grad_accum=4, grad_checkpointing=True, timeout=3.0)
+    assert resumed_options(tmp_path, given) == expected
     with pytest.raises(ValueError, match=r'--num-patches 16,98 \(the run has 16,7x14\), --mixup 0.5 \(the run has 0'):
-        from_json(saved, {'num_patches': (16, 98), 'mixup': 0.5})
+        resumed_options(tmp_path, {'num_patches': (16, 98), 'mixup': 0.5})
