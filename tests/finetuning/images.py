@@ -1,9 +1,12 @@
 """Image files for tests, and how they are loaded."""
 
+import gc
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from timm_apvit.finetuning.data import Splits
@@ -26,6 +29,26 @@ def write_images(folder: Path, number: int, seed: int = 0) -> None:
     rng = np.random.default_rng(seed)
     for n in range(number):
         Image.fromarray(rng.integers(256, size=(32, 40, 3), dtype=np.uint8)).save(folder / f'{n}.jpg')
+
+
+# For tests whose readers of datasets leave files to the garbage collector, and whose many workers have nothing to do.
+QUIET = [
+    pytest.mark.filterwarnings('ignore:unclosed file:ResourceWarning'),
+    pytest.mark.filterwarnings('ignore:This DataLoader will create:UserWarning'),
+    pytest.mark.usefixtures('collected_files'),
+]
+
+
+@pytest.fixture(scope='module')
+def collected_files() -> Iterator[None]:
+    """Have the files of a module's tests closed while their warnings are ignored."""
+    yield
+    gc.collect()
+
+
+def load(**options: Any) -> Splits:
+    """Load data by options, as the command does."""
+    return load_splits(Options(**options), CONFIG, workers=1)
 
 
 def load_folder(folder: Path, seed: int = 0, config: dict[str, Any] = CONFIG, **options: Any) -> Splits:
