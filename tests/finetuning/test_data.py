@@ -11,8 +11,9 @@ from images import load_folder, write_images
 from PIL import Image
 from timm.data import create_transform
 
+from timm_apvit.finetuning.clutter import Clutter, ClutteredObjects
 from timm_apvit.finetuning.data import Samples, SeededSamples, Splits, create_batches
-from timm_apvit.finetuning.digits import ClutteredDigits, load_embedded_digits
+from timm_apvit.finetuning.digits import load_embedded_digits
 
 
 @pytest.fixture
@@ -86,7 +87,7 @@ def test_last_small_batch_is_dropped_in_training_only() -> None:
 
 def test_a_digit_is_painted_whole_and_inside() -> None:
     digits = np.random.default_rng(0).uniform(0.1, 1, size=(5, 8, 8)).astype(np.float32)
-    samples = ClutteredDigits(digits, np.arange(5), 50, 0, (1, 20, 32), (0.0,), (1.0,), sides=(0.4, 0.4), pieces=0)
+    samples = ClutteredObjects(digits, np.arange(5), 50, 0, (1, 20, 32), (0.0,), (1.0,), Clutter((0.4, 0.4), 0))
     places = set()
     for n in range(len(samples)):
         image, label = samples[n]
@@ -103,7 +104,7 @@ def test_a_digit_is_painted_whole_and_inside() -> None:
 def test_clutter_is_made_of_pieces_that_are_no_whole_digits() -> None:
     digits = np.ones((5, 8, 8), np.float32)
     cluttered, bare = (
-        ClutteredDigits(digits, np.arange(5), 1, 3, (1, 64, 64), (0.0,), (1.0,), sides=(0.25, 0.25), pieces=pieces)
+        ClutteredObjects(digits, np.arange(5), 1, 3, (1, 64, 64), (0.0,), (1.0,), Clutter((0.25, 0.25), pieces))
         for pieces in (4, 0)
     )
     assert bare[0][0].sum() == 16**2
@@ -112,14 +113,14 @@ def test_clutter_is_made_of_pieces_that_are_no_whole_digits() -> None:
 
 def test_no_digit_is_both_trained_and_tested_on() -> None:
     train, test, names = load_embedded_digits(0, (3, 16, 16), 4, 4)
-    assert isinstance(train, ClutteredDigits)
-    assert isinstance(test, ClutteredDigits)
-    assert len(train.digits) + len(test.digits) == 1797
-    assert not {digit.tobytes() for digit in train.digits} & {digit.tobytes() for digit in test.digits}
+    assert isinstance(train, ClutteredObjects)
+    assert isinstance(test, ClutteredObjects)
+    assert len(train.objects) + len(test.objects) == 1797
+    assert not {digit.tobytes() for digit in train.objects} & {digit.tobytes() for digit in test.objects}
     assert names == tuple('0123456789')
     other_seed = load_embedded_digits(9, (3, 16, 16), 4, 4).test
-    assert isinstance(other_seed, ClutteredDigits)
-    assert np.array_equal(other_seed.digits, test.digits)
+    assert isinstance(other_seed, ClutteredObjects)
+    assert np.array_equal(other_seed.objects, test.objects)
 
 
 def test_embedded_digits_are_normalised_by_channel() -> None:
