@@ -1,0 +1,180 @@
+"""Do adaptive patches pay? Accuracy at equal tokens, equal source pixels and equal images seen.
+
+    python benchmarks/accuracy.py [--task cluttered] [--contestants fixed adaptive object] [--budgets 16 49] [--seeds 0]
+
+Each contestant is trained on the same images in the same order under the same schedule. Every run has a file of its
+own in `benchmarks/results`, a run that was interrupted goes on from its last checkpoint, and a finished one is not
+repeated: so the table grows over several sittings. `--report` writes the table and the curves of what is there and
+trains nothing.
+"""
+
+import argparse
+import itertools
+import json
+import platform
+import shutil
+import statistics
+import sys
+import time
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from contestants import CONTESTANTS, create_contestant
+from cost import multiply_adds
+from fashion import TASKS, load_task
+from timm_apvit.finetuning.evaluate import images_per_second
+from torch import nn
+
+import timm_apvit
+from timm_apvit.finetuning.checkpoints import CheckpointStore, write_atomically
+from timm_apvit.finetuning.schedule import Schedule
+from timm_apvit.finetuning.training import Row, train
+
+RESULTS = Path(__file__).parent / 'results'
+EPOCHS = 12
+
+
+def main() -> None:
+    """Run what is asked for and has not been run, then report."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add('--task', choices=TASKS, default='cluttered')
+    add('--contestants', nargs='+', choices=CONTESTANTS, default=list(CONTESTANTS))
+    add('--budgets', nargs='+', type=int, default=[16])
+    add('--seeds', nargs='+', type=int, default=[0])
+    add('--images', type=int, default=120_000, help='images seen in a run')
+    add('--lr', type=float, help='peak learning rate (default: 1e-3; pretrained 3e-4)')
+    add('--localizer-lr-scale', type=float, default=1.0)
+    add('--model-kwargs', type=json.loads, default={}, metavar='JSON', help='further arguments of the adaptive model')
+    add('--label', default='', help='of a variant, in the name of its results')
+    add('--fashion', type=Path, help="folder of Fashion-MNIST's IDX files")
+    add('--weights', type=Path, help="DINOv2's ViT-S/14, for the task pretrained")
+    add('--threads', type=int, default=1)
+    add('--device', default='cpu')
+    add('--results', type=Path, default=RESULTS)
+    add('--report', action='store_true', help='report only')
+    options = parser.parse_args()
+    if (options.task == 'pretrained') != (options.weights is not None):
+        parser.error('expected --weights with the task pretrained, and with no other')
+    torch.set_num_threads(options.threads)
+    options.results.mkdir(parents=True, exist_ok=True)
+    if not options.report:
+        for seed, budget, contestant in itertools.product(options.seeds, options.budgets, options.contestants):
+            run(options, contestant, budget, seed)
+    report(options.results, options.task)
+
+
+def run(options: argparse.Namespace, contestant: str, budget: int, seed: int) -> None:
+    """Train one contestant, unless its result is there."""
+    name = '-'.join(filter(None, [options.task, contestant, str(budget), str(seed), options.label]))
+    path = options.results / f'{name}.json'
+    if path.exists():
+        return
+    pretrained = options.weights is not None
+    task = TASKS[options.task]
+    torch.manual_seed(seed)
+    model = create_contestant(contestant, task.side, budget, options.weights, **options.model_kwargs)
+    crop = round(budget**0.5) * (14 if pretrained else 16) if contestant == 'object' else None
+    splits = load_task(task, seed + 1, options.images // EPOCHS, options.fashion, crop)
+    schedule = Schedule(
+        epochs=EPOCHS,
+        batch_size=32 if pretrained else 64,
+        lr=options.lr or (3e-4 if pretrained else 1e-3),
+        weight_decay=0.05,
+        layer_decay=0.75 if pretrained else 1.0,
+        warmup=EPOCHS / 10,
+        seed=seed,
+        workers=0,
+        device=options.device,
+        localizer_lr_scale=options.localizer_lr_scale,
+        amp='bfloat16' if pretrained else None,
+    )
+    unfinished = options.results / f'.{name}.unfinished'
+    unfinished.mkdir(exist_ok=True)
+
+    def tell(rows: list[Row]) -> None:
+        row = rows[-1]
+        sys.stdout.write(f'{name} {row["epoch"]}/{EPOCHS} loss {row["train_loss"]:.3f} top-1 {row["test_top1"]:.4f} '
+                         f'{row["seconds"]:.0f} s\n')  # fmt: skip
+        sys.stdout.flush()
+
+    rows = train(model, splits, schedule, CheckpointStore(unfinished), lambda model, folder: None, tell, name)
+    result = {
+        'task': options.task, 'contestant': contestant, 'label': options.label, 'budget': budget, 'seed': seed,
+        'top1': rows[-1]['test_top1'], 'test_images': len(splits.test), 'images': options.images,
+        'images_seen': [row['epoch'] * options.images // EPOCHS for row in rows],
+        'curve': [row['test_top1'] for row in rows], 'seconds': [row['seconds'] for row in rows],
+        **cost(model, splits.test[0][0][None].to(options.device)),
+        'schedule': schedule._asdict(), 'model_kwargs': options.model_kwargs,
+        'machine': {'processor': platform.processor() or platform.machine(), 'threads': options.threads},
+        'versions': {'torch': torch.__version__, 'timm': timm.__version__, 'timm_apvit': timm_apvit.__version__},
+        'command': ' '.join(sys.argv), 'time': time.strftime('%Y-%m-%d'),
+    }  # fmt: skip
+    write_atomically(path, json.dumps(result, indent=1) + '\n')
+    shutil.rmtree(unfinished)
+
+
+@torch.inference_mode()
+def cost(model: nn.Module, image: torch.Tensor) -> dict[str, float]:
+    """Multiply-adds of an image, and images per second alone and in batches of 64."""
+    model.eval()
+    batch = image.expand(64, -1, -1, -1).contiguous()
+    return {
+        'multiply_adds': sum(multiply_adds(model, image).values()),
+        'images_per_second_1': images_per_second(lambda: model(image), 1, 2.0),
+        'images_per_second_64': images_per_second(lambda: model(batch), 64, 2.0),
+    }
+
+
+def report(folder: Path, task: str) -> None:
+    """Write the table and the curves of a task's results."""
+    found = [json.loads(path.read_text()) for path in sorted(folder.glob(f'{task}-*.json'))]
+    groups: dict[tuple[int, str, str], list[dict[str, Any]]] = defaultdict(list)
+    for result in found:
+        groups[result['budget'], result['contestant'], result['label']].append(result)
+    order = list(CONTESTANTS)
+    keys = sorted(groups, key=lambda key: (key[0], order.index(key[1]), key[2]))
+    lines = ['| patches | contestant | top-1 | seeds | M multiply-adds | images/s alone | in 64 | training s |',
+             '|---|---|---|---|---|---|---|---|']  # fmt: skip
+    for key in keys:
+        runs = groups[key]
+        top1 = [result['top1'] for result in runs]
+        spread = f' ± {statistics.stdev(top1):.3f}' if len(top1) > 1 else ''
+        mean = {name: statistics.mean(result[name] for result in runs)
+                for name in ('multiply_adds', 'images_per_second_1', 'images_per_second_64')}  # fmt: skip
+        seconds = statistics.mean(sum(result['seconds']) for result in runs)
+        lines.append(
+            f'| {key[0]} | {" ".join(filter(None, key[1:]))} | {statistics.mean(top1):.3f}{spread} | {len(top1)} '
+            f'| {mean["multiply_adds"] / 1e6:.1f} | {mean["images_per_second_1"]:.0f} '
+            f'| {mean["images_per_second_64"]:.0f} | {seconds:.0f} |'
+        )
+    text = '\n'.join(lines) + '\n'
+    sys.stdout.write(text)
+    write_atomically(folder / f'{task}.md', text)
+    if found:
+        draw_curves({key: groups[key] for key in keys}, folder / f'{task}.png')
+
+
+def draw_curves(groups: dict[tuple[int, str, str], list[dict[str, Any]]], path: Path) -> None:
+    """Accuracy against images seen: one panel for each number of patches, the mean over the seeds."""
+    from matplotlib.figure import Figure
+
+    budgets = sorted({key[0] for key in groups})
+    figure = Figure(figsize=(4 * len(budgets), 3.6), layout='constrained')
+    panels = figure.subplots(1, len(budgets), sharey=True, squeeze=False)[0]
+    for panel, budget in zip(panels, budgets, strict=True):
+        for key, runs in groups.items():
+            if key[0] == budget:
+                mean = [statistics.mean(values) for values in zip(*(each['curve'] for each in runs), strict=True)]
+                panel.plot(runs[0]['images_seen'], mean, label=' '.join(filter(None, key[1:])))
+        panel.set(title=f'{budget} patches', xlabel='images seen')
+        panel.legend(fontsize=7)
+    panels[0].set_ylabel('top-1 on the test set')
+    figure.savefig(path, dpi=90)
+
+
+if __name__ == '__main__':
+    main()

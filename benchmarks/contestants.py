@@ -1,0 +1,95 @@
+"""What is compared: models that differ in where their patches lie and in nothing else."""
+
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor, nn
+
+from timm_apvit import APViT
+from timm_apvit.coords import anchors, sample_grid
+from timm_apvit.finetuning.twin import create_twin
+from timm_apvit.patching import AdaptivePatching
+from timm_apvit.sampling import sample_patches
+from timm_apvit.transforms import PatchGeometry, footprint, patch_points, place_inside
+
+CONTESTANTS = {
+    'fixed': "timm's ViT on a fixed grid, on the area-averaged image",
+    'random': 'patches at random places, others for every image',
+    'centre': 'patches closer together in the middle',
+    'frozen': 'patches where an untrained localisation network puts them',
+    'adaptive': 'the learned patches',
+    'object': 'the ceiling: a grid put on the object by ground truth',
+}
+# A ViT small enough for a CPU, from scratch. Without the last three it takes several times as long to learn anything.
+SCRATCH: dict[str, Any] = {
+    'embed_dim': 128,
+    'depth': 4,
+    'num_heads': 4,
+    'class_token': False,
+    'global_pool': 'avg',
+    'weight_init': 'jax',
+}
+# DINOv2's ViT-S/14.
+DINOV2: dict[str, Any] = {'patch_size': 14, 'init_values': 1e-5}
+
+
+class PlacedPatching(AdaptivePatching):
+    """Patches of the anchors' size whose centres no network chooses."""
+
+    by_chance = False
+
+    def forward(self, image: Tensor, layout: tuple[int, int] | None = None) -> tuple[Tensor, PatchGeometry]:
+        """Take the patches of a batch; see `AdaptivePatching`."""
+        used = layout or self.layout
+        image_size = (image.shape[2], image.shape[3])
+        centres, extents = (each.expand(len(image), -1, -1) for each in anchors(used, image.device))
+        if self.by_chance:
+            # Other places for every image in training; for a test always the same ones.
+            generator = None if self.training else torch.Generator(image.device).manual_seed(0)
+            centres = torch.rand(centres.shape, generator=generator, device=image.device) * 2 - 1
+        else:
+            centres = centres.sign() * centres.abs() ** 1.5
+        zeros = torch.zeros_like(centres[..., 0])
+        geometry = place_inside(centres, extents, zeros, zeros, image_size)
+        points = patch_points(geometry, sample_grid(self.patch_size, image.device))
+        pixels = footprint(geometry.image_from_patch, image_size, self.patch_size)
+        largest = self.transform.max_footprint(used, image_size, self.patch_size)
+        return sample_patches(image, points, pixels, largest), geometry
+
+
+def create_contestant(name: str, side: int, num_patches: int, weights: Path | None, **kwargs: Any) -> nn.Module:
+    """Make a model for images of ``side`` pixels and 10 classes.
+
+    Args:
+        name: a key of `CONTESTANTS`.
+        side: of the images.
+        num_patches: a square number.
+        weights: DINOv2's file for a pretrained ViT-S/14; None: a small ViT from scratch.
+        kwargs: of ``timm.create_model``, for the adaptive patches.
+    """
+    rows = round(num_patches**0.5)
+    common = {'num_patches': (rows, rows), 'num_classes': 10, 'img_size': side, **kwargs}
+    if weights is None:
+        model = timm.create_model('test_apvit', **{**SCRATCH, 'in_chans': 1, **common})
+    else:
+        overlay = {'file': str(weights), 'custom_load': False, 'num_classes': 0, 'input_size': (3, 518, 518)}
+        model = timm.create_model('apvit_small', pretrained=True, pretrained_cfg_overlay=overlay, **DINOV2, **common)
+    if name in ('fixed', 'object'):
+        return create_twin(model, **(DINOV2 if weights else SCRATCH))
+    return place(model, name)
+
+
+def place(model: APViT, name: str) -> APViT:
+    """Let a model take its patches in the way of a contestant."""
+    patching = model.patch_embed.patching
+    if name in ('random', 'centre'):
+        patching.__class__ = PlacedPatching
+        patching.by_chance = name == 'random'
+    if name == 'frozen':
+        # Heads at zero would be the fixed grid: these move a patch by up to half its range.
+        for head in patching.localizer.head.values():
+            nn.init.normal_(head.weight, std=0.1)
+        patching.requires_grad_(False)
+    return model
