@@ -25,11 +25,11 @@ import torch
 from contestants import CONTESTANTS, create_contestant
 from cost import multiply_adds
 from fashion import TASKS, load_task
-from timm_apvit.finetuning.evaluate import images_per_second
 from torch import nn
 
 import timm_apvit
 from timm_apvit.finetuning.checkpoints import CheckpointStore, write_atomically
+from timm_apvit.finetuning.evaluate import images_per_second
 from timm_apvit.finetuning.schedule import Schedule
 from timm_apvit.finetuning.training import Row, train
 
