@@ -70,7 +70,8 @@ def added_multiply_adds(name: str) -> dict[str, Any]:
     ours, theirs = multiply_adds(model, image), multiply_adds(vit, image)
     centres, extents = torch.zeros(196, 2), torch.ones(196, 2)
     with torch.no_grad(), Counted() as localizer:
-        model.patch_embed.patching.localizer(image, centres, extents)
+        localizer = model.patch_embed.patching.localizer
+        localizer(*localizer.look(image), centres, extents)
     added = ours.total() - theirs.total()
     return {
         'model': name,

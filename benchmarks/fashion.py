@@ -47,7 +47,7 @@ _CLUTTER = Clutter(sides=(0.125, 0.375), pieces=8, cut=8 / 28, brightness=(1.0, 
 TASKS = {
     'cluttered': Task(112, 1, _CLUTTER, 5_000),
     'clean': Task(112, 1, None, 5_000),
-    'pretrained': Task(224, 3, _CLUTTER, 2_000),
+    'pretrained': Task(224, 3, _CLUTTER, 1_000),
 }
 
 

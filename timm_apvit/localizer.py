@@ -37,6 +37,14 @@ class ZeroLinear(nn.Module):
         return F.linear(x, self.weight, self.bias)
 
 
+class ZeroConv(ZeroLinear):
+    """1 x 1 convolution that starts at zero, as `ZeroLinear` does: ``(B, C, h, w)`` -> ``(B, D, h, w)``."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the layer."""
+        return F.conv2d(x, self.weight.unsqueeze(-1).unsqueeze(-1), self.bias)
+
+
 def _conv(in_chans: int, out_chans: int, stride: int, factory: dict[str, Any]) -> nn.Sequential:
     """3 x 3 convolution, normalised per sample: batch statistics would make a sample depend on its batch."""
     return nn.Sequential(
@@ -48,6 +56,8 @@ def _conv(in_chans: int, out_chans: int, stride: int, factory: dict[str, Any]) -
 
 class Localizer(nn.Module):
     """Localisation network: ``(B, C, H, W)`` and N anchors -> raw parameters ``(B, N, width)`` by field name.
+
+    `look` at the image once, `find` what matters in it, and predict (`forward`) at anchors put there.
 
     Follows Spatial Transformer Networks (Jaderberg et al. 2015, section 3.1), shared over the patches: the image is
     resized to a fixed side with anti-aliasing (so that the cost does not grow with the image), a strided stem
@@ -63,6 +73,7 @@ class Localizer(nn.Module):
         context: width of the context vector.
         device: of the parameters.
         dtype: of the parameters.
+        saliency: whether to predict where in the image to look.
     """
 
     def __init__(
@@ -74,6 +85,7 @@ class Localizer(nn.Module):
         context: int = 128,
         device: Any = None,
         dtype: Any = None,
+        saliency: bool = False,
     ) -> None:
         super().__init__()
         factory = {'device': device, 'dtype': dtype}
@@ -95,6 +107,8 @@ class Localizer(nn.Module):
         self.from_anchor = nn.Linear(4, width, bias=False, **factory)
         self.mlp = nn.Sequential(nn.GELU(), nn.Linear(width, width, **factory), nn.GELU())
         self.head = nn.ModuleDict({name: ZeroLinear(width, FIELDS[name], **factory) for name in fields})
+        find = [_conv(width, width, 1, factory), ZeroConv(width, 1, **factory)] if saliency else []
+        self.saliency = nn.Sequential(*find)
         self.init_weights()
 
     @torch.jit.ignore
@@ -117,27 +131,39 @@ class Localizer(nn.Module):
         """Initialise again: what timm calls after ``to_empty``."""
         self.init_weights()
 
-    def forward(self, image: Tensor, anchor_centres: Tensor, anchor_extents: Tensor) -> dict[str, Tensor]:
-        """Predict raw parameters.
+    def look(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """Look at ``(B, C, H, W)``: features ``(B, D, side / 4, side / 4)`` and context ``(B, 1, D)``."""
+        dtype = self.from_feature.weight.dtype
+        # Resized in float32: the anti-aliased kernel does not exist in half precision on CPU.
+        small = F.interpolate(image.float(), size=[self.side, self.side], mode='bilinear', antialias=True)
+        features = self.stem(small.to(dtype))
+        return features, self.from_context(self.context(features)).unsqueeze(1)
+
+    def find(self, features: Tensor, context: Tensor) -> Tensor:
+        """Where to look, from what `look` saw: logits ``(B, side / 4, side / 4)``, float32, zero at first."""
+        logits: Tensor = self.saliency(features + context.transpose(1, 2).unsqueeze(-1))  # (B, 1, h, w)
+        return logits.squeeze(1).float()
+
+    def forward(
+        self, features: Tensor, context: Tensor, anchor_centres: Tensor, anchor_extents: Tensor
+    ) -> dict[str, Tensor]:
+        """Predict raw parameters from what `look` saw.
 
         Args:
-            image: ``(B, C, H, W)``, any size.
-            anchor_centres: (x, y), ``(N, 2)``.
-            anchor_extents: half-extents, ``(N, 2)``.
+            features: ``(B, D, h, w)``.
+            context: ``(B, 1, D)``.
+            anchor_centres: (x, y), ``(N, 2)`` or ``(B, N, 2)``.
+            anchor_extents: half-extents, of the same shape.
 
         Returns:
             Field name -> ``(B, N, width of the field)``, float32.
         """
-        dtype = self.from_feature.weight.dtype
-        # Resized in float32: the anti-aliased kernel does not exist in half precision on CPU.
-        small = F.interpolate(image.float(), size=[self.side, self.side], mode='bilinear', antialias=True)
-        features = self.stem(small.to(dtype))  # (B, D, side / 4, side / 4)
-        grid = anchor_centres.expand(image.shape[0], 1, -1, -1)
+        dtype = features.dtype
+        grid = anchor_centres.expand(features.shape[0], -1, -1).unsqueeze(1)
         at_anchors = F.grid_sample(features.float(), grid, padding_mode='border', align_corners=False)
         at_anchors = at_anchors.squeeze(2).transpose(1, 2).to(dtype)  # (B, N, D)
         place = torch.cat([anchor_centres, torch.log(anchor_extents)], dim=-1).to(dtype)
-        hidden = self.from_feature(at_anchors) + self.from_context(self.context(features)).unsqueeze(1)
-        hidden = self.mlp(hidden + self.from_anchor(place))
+        hidden = self.mlp(self.from_feature(at_anchors) + context + self.from_anchor(place))
         parameters: dict[str, Tensor] = {}
         for name, layer in self.head.items():
             parameters[name] = layer(hidden).float()

@@ -202,10 +202,12 @@ def complete_state_dict(module: nn.Module, state_dict: dict[str, Any], prefix: s
     """
     own = {k: v for k, v in module.state_dict(prefix=prefix).items() if k[len(prefix) :].startswith(ADAPTIVE_MODULES)}
     plain = not any(key in state_dict for key in own)
+    focuses = any('.localizer.saliency.' in key for key in state_dict)
     predicted = {key.rpartition('.')[0] for key in state_dict if '.localizer.head.' in key}
     for key, value in own.items():
         field = key.rpartition('.')[0]
-        if plain and not value.is_meta:  # what holds no value is reported as missing
+        new = plain or ('.localizer.saliency.' in key and not focuses)
+        if new and not value.is_meta:  # what holds no value is reported as missing
             state_dict[key] = value
         # Every family predicts the shift: a checkpoint without it is not of a smaller family, but broken.
         elif '.localizer.head.' in key and field not in predicted and not field.endswith('.shift'):

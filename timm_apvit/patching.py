@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from timm_apvit.coords import NumPatches, anchors, check_number, check_patch_size, resolve_layout, sample_grid
+from timm_apvit.focus import focus_window
 from timm_apvit.localizer import Localizer
 from timm_apvit.sampling import sample_patches
 from timm_apvit.transforms import PatchGeometry, PatchTransform, footprint, patch_points
@@ -30,6 +31,8 @@ class AdaptivePatching(nn.Module):
         max_zoom: largest factor by which a patch may grow or shrink along each axis.
         max_rotation: in degrees.
         max_shear: x displacement per unit of y.
+        max_focus: largest factor by which the anchors as a whole close in on what matters in the image
+            (`timm_apvit.focus`); 1: they tile the image.
         device: of the parameters.
         dtype: of the parameters.
 
@@ -54,6 +57,7 @@ class AdaptivePatching(nn.Module):
         max_zoom: float = 2.0,
         max_rotation: float = 45.0,
         max_shear: float = 0.5,
+        max_focus: float = 1.0,
         device: Any = None,
         dtype: Any = None,
     ) -> None:
@@ -61,14 +65,21 @@ class AdaptivePatching(nn.Module):
         self.patch_size = check_patch_size(patch_size)
         self.in_chans = in_chans
         self.jitter = check_number('jitter', jitter, 0)
+        self.max_focus = check_number('max_focus', max_focus, 1)
+        # Share of the images that are seen whole, without focus, in train mode: only there can attention say what
+        # matters in all of an image. The training sets it.
+        self.whole_share = 0.0
         self.set_num_patches(num_patches)
         self.transform = PatchTransform(transform, max_shift, max_zoom, max_rotation, max_shear)
-        self.localizer = Localizer(self.transform.fields, in_chans, device=device, dtype=dtype)
+        self.localizer = Localizer(
+            self.transform.fields, in_chans, device=device, dtype=dtype, saliency=self.max_focus > 1
+        )
 
     @torch.jit.ignore
     def bounds(self) -> dict[str, Any]:
         """The arguments that say what patches may do."""
-        return {'transform': self.transform.name, 'jitter': self.jitter, **self.transform.bounds}
+        own = {'transform': self.transform.name, 'jitter': self.jitter, 'max_focus': self.max_focus}
+        return {**own, **self.transform.bounds}
 
     @torch.jit.ignore
     def set_num_patches(self, num_patches: NumPatches) -> None:
@@ -98,14 +109,34 @@ class AdaptivePatching(nn.Module):
             raise ValueError(f'expected a layout (N, rows) with 1 <= rows <= N, got ({used[0]}, {used[1]})')
         image_size = (image.shape[2], image.shape[3])
 
+        features, context = self.localizer.look(image)
         centres, extents = anchors(used, image.device)
-        parameters = self.localizer(image, centres, extents)
+        saliency: Optional[Tensor] = None
+        window: Optional[Tensor] = None
+        if self.max_focus > 1:
+            saliency = self.localizer.find(features, context)
+            window = self._window(saliency)  # (B, 3)
+            extent = window[:, None, 2:]
+            centres = window[:, None, :2] + extent * centres  # (B, N, 2)
+            extents = extent * extents
+        parameters = self.localizer(features, context, centres, extents)
         noise: Optional[Tensor] = None
         if self.training and self.jitter > 0:
             noise = self.jitter * torch.randn_like(parameters['shift'])
-        geometry = self.transform(parameters, centres, extents, image_size, noise)
+        placed = self.transform(parameters, centres, extents, image_size, noise)
+        geometry = PatchGeometry(
+            placed.centres, placed.extents, placed.rotation, placed.shear, placed.image_from_patch, saliency, window
+        )
 
         points = patch_points(geometry, sample_grid(self.patch_size, image.device))
         pixels_per_sample = footprint(geometry.image_from_patch, image_size, self.patch_size)
         largest = self.transform.max_footprint(used, image_size, self.patch_size)
         return sample_patches(image, points, pixels_per_sample, largest), geometry
+
+    def _window(self, saliency: Tensor) -> Tensor:
+        """Where the anchors go, ``(B, 3)``; some images are seen whole in train mode."""
+        window = focus_window(saliency, self.max_focus)
+        if self.training and self.whole_share > 0:
+            whole = torch.rand(window.shape[0], 1, device=window.device) < self.whole_share
+            window = torch.where(whole, torch.tensor([0.0, 0.0, 1.0], device=window.device), window)
+        return window

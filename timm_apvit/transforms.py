@@ -39,6 +39,8 @@ class PatchGeometry(NamedTuple):
         rotation: in radians, measured in pixels: ``(B, N)``.
         shear: x displacement per unit of y, in the patch's own frame: ``(B, N)``.
         image_from_patch: linear part of the map from patch-local to image coordinates: ``(B, N, 2, 2)``.
+        saliency: logits of where the localisation network looks, ``(B, h, w)`` over the image; None without focus.
+        window: centre (x, y) and half-extent of where the anchors were put, ``(B, 3)``; None without focus.
     """
 
     centres: Tensor
@@ -46,6 +48,8 @@ class PatchGeometry(NamedTuple):
     rotation: Tensor
     shear: Tensor
     image_from_patch: Tensor
+    saliency: Optional[Tensor] = None
+    window: Optional[Tensor] = None
 
     def points(self, local: Tensor) -> Tensor:
         """Map patch-local points ``(..., 2)`` of [-1, 1]^2 into the image: ``(B, N, ..., 2)``."""
@@ -224,8 +228,8 @@ class PatchTransform(nn.Module):
 
         Args:
             parameters: field name -> raw values ``(B, N, width of the field)``.
-            anchor_centres: ``(N, 2)``.
-            anchor_extents: half-extents, ``(N, 2)``.
+            anchor_centres: ``(N, 2)`` or ``(B, N, 2)``.
+            anchor_extents: half-extents, of the same shape.
             image_size: ``(H, W)`` in pixels.
             noise: displacement of the centres in units of the patch's own half-extent: ``(B, N, 2)``.
         """

@@ -49,6 +49,8 @@ class APViT(VisionTransformer):  # type: ignore[misc]
         max_zoom: largest factor by which a patch may grow or shrink along each axis.
         max_rotation: in degrees.
         max_shear: x displacement per unit of y.
+        max_focus: largest factor by which the anchors as a whole close in on what matters in the image; 1: they tile
+            the image. What matters is learnt from attention, by the fine-tuning command.
         kwargs: those of timm's ``VisionTransformer``.
 
     Raises:
@@ -68,6 +70,7 @@ class APViT(VisionTransformer):  # type: ignore[misc]
         max_zoom: float = 2.0,
         max_rotation: float = 45.0,
         max_shear: float = 0.5,
+        max_focus: float = 1.0,
         **kwargs: Any,
     ) -> None:
         patching: dict[str, Any] = {
@@ -77,6 +80,7 @@ class APViT(VisionTransformer):  # type: ignore[misc]
             'max_zoom': max_zoom,
             'max_rotation': max_rotation,
             'max_shear': max_shear,
+            'max_focus': max_focus,
         }
         super().__init__(embed_layer=partial(AdaptivePatchEmbed, num_patches=num_patches, patching=patching), **kwargs)
         # What rebuilds this model; timm < 1.0.31 records nothing by itself.

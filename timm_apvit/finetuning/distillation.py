@@ -60,11 +60,13 @@ class Answer(NamedTuple):
         logits: ``(B, classes)``.
         features: ``(B, D)``, pooled, as the classifier takes them.
         geometry: of the student's patches; None: they are fixed.
+        attention: of its last block to each patch, ``(B, N)``, without gradient; None: not asked for.
     """
 
     logits: Tensor
     features: Tensor
     geometry: PatchGeometry | None
+    attention: Tensor | None = None
 
 
 class Teacher(nn.Module):
@@ -95,43 +97,45 @@ class Teacher(nn.Module):
         images = images * self.scale + self.shift
         if self.input_size is not None and images.shape[-2:] != self.input_size:
             images = F.interpolate(images, self.input_size, mode='bilinear', antialias=True, align_corners=False)
-        if not attention:
-            answer = observed(self.model, images)
+        answer = observed(self.model, images, attention=attention)
+        if answer.attention is None:
             return Lesson(answer.logits, answer.features, None, (0, 0))
-        layer = self.model.blocks[-1].attn  # type: ignore[union-attr, index]
         grid: tuple[int, int] = self.model.patch_embed.dynamic_feat_size(images.shape[-2:])  # type: ignore[operator, union-attr]
-        with inputs_of(layer) as tokens:
-            answer = observed(self.model, images)
-        received = patch_attention(self.model, layer, tokens[0])
+        received = answer.attention
         if answer.geometry is not None:
-            shares = splat_weights(answer.geometry, grid)  # (B, gh * gw, N)
-            received = (shares / shares.sum(dim=1, keepdim=True) @ received.unsqueeze(-1)).squeeze(-1)
+            received = attention_on_grid(answer.geometry, received, grid)
         return Lesson(answer.logits, answer.features, received, grid)
 
 
-def observed(model: nn.Module, images: Tensor, network: nn.Module | None = None) -> Answer:
+def observed(model: nn.Module, images: Tensor, network: nn.Module | None = None, attention: bool = False) -> Answer:
     """Run a model once, and also return what its classifier took and where its patches lay.
 
     Args:
         model: of timm.
         images: ``(B, C, H, W)``.
         network: what wraps the model, and is called in its place.
+        attention: whether to return what the last block attends to.
     """
     classifier: nn.Module = getattr(model, 'get_classifier')()  # noqa: B009  of every timm model
-    with inputs_of(classifier) as features, outputs_of(model.patch_embed if isinstance(model, APViT) else None) as seen:
+    layer: nn.Module | None = model.blocks[-1].attn if attention else None  # type: ignore[union-attr, index]
+    patch_embed = model.patch_embed if isinstance(model, APViT) else None
+    with inputs_of(classifier) as features, inputs_of(layer) as tokens, outputs_of(patch_embed) as seen:
         logits = (network or model)(images)
-    return Answer(logits, features[0], seen[0].geometry if seen else None)
+    with torch.no_grad():
+        received = patch_attention(model, layer, tokens[0]) if attention else None
+    return Answer(logits, features[0], seen[0].geometry if seen else None, received)
 
 
 @contextmanager
-def inputs_of(module: nn.Module) -> Iterator[list[Any]]:
-    """Collect the first argument of each call of a module."""
+def inputs_of(module: nn.Module | None) -> Iterator[list[Any]]:
+    """Collect the first argument of each call of a module, if there is one."""
     seen: list[Any] = []
-    handle = module.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    handle = module and module.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     try:
         yield seen
     finally:
-        handle.remove()
+        if handle:
+            handle.remove()
 
 
 @contextmanager
@@ -169,6 +173,13 @@ def patch_attention(model: Any, layer: Any, tokens: Tensor) -> Tensor:
         attention = torch.softmax(query * layer.scale @ key.transpose(-2, -1), dim=-1)
         received: Tensor = attention[..., model.num_prefix_tokens :].mean(dim=(1, 2))
     return received / received.sum(dim=-1, keepdim=True)
+
+
+def attention_on_grid(geometry: PatchGeometry, attention: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Lay the attention to patches ``(B, N)`` on the cells that they cover: ``(B, gh * gw)``, sums of 1."""
+    shares = splat_weights(geometry, grid)  # (B, gh * gw, N)
+    laid = (shares / shares.sum(dim=1, keepdim=True) @ attention.unsqueeze(-1)).squeeze(-1)
+    return laid / laid.sum(dim=1, keepdim=True)
 
 
 def patch_density(geometry: PatchGeometry, grid: tuple[int, int]) -> Tensor:

@@ -78,6 +78,27 @@ def _add_rates(parser: argparse.ArgumentParser) -> None:
         help='first epochs in which what a ViT does not have stays as it is (default: 0)',
     )
     add(
+        '--max-focus',
+        type=number(float, 1),
+        metavar='X',
+        help='how far the patches as a whole may close in on what matters, learnt from attention; 2.5 suits objects of '
+        "a tenth of the image (default: the model's own, 1 if it says none: where detail is everywhere it has nothing "
+        'to find)',
+    )
+    add(
+        '--guide-weight',
+        type=number(float, 0),
+        metavar='W',
+        help='of learning from attention what matters, with --max-focus (default: 1: only the saliency map learns from '
+        'it, which nothing else teaches)',
+    )
+    add(
+        '--whole-share',
+        type=number(float, 0, 1),
+        metavar='S',
+        help='share of the training images seen whole with --max-focus, of which attention learns (default: 0.5)',
+    )
+    add(
         '--jitter',
         type=number(float, 0),
         metavar='X',

@@ -16,6 +16,7 @@ from timm_apvit.finetuning.data import seed_from
 from timm_apvit.finetuning.distillation import Teacher, Weights, distilled_loss, observed
 from timm_apvit.finetuning.distributed import distribute, sum_over_processes, world_size
 from timm_apvit.finetuning.evaluation import autocast
+from timm_apvit.finetuning.guidance import max_focus_at, saliency_loss
 from timm_apvit.finetuning.mixing import Mixer
 from timm_apvit.finetuning.optimization import create_optimizer, create_scheduler, freeze, learning_rate
 from timm_apvit.finetuning.parsing import count
@@ -73,6 +74,7 @@ class Learner:
         self.device = torch.device(schedule.device)
         self.model = model.to(self.device)
         self.distillation = distillation
+        self.max_focus = model.patch_embed.patching.max_focus if isinstance(model, APViT) else 1.0
         self.budgets = schedule.num_patches or ()
         self.optimizer = create_optimizer(model, schedule)
         self.scheduler = create_scheduler(self.optimizer, schedule, updates_per_epoch)
@@ -85,7 +87,9 @@ class Learner:
         if schedule.grad_checkpointing:
             getattr(model, 'set_grad_checkpointing')()  # noqa: B009  of every timm model
         if schedule.compile:
-            for block in getattr(model, 'blocks'):  # noqa: B009  of every ViT
+            blocks = getattr(model, 'blocks')  # noqa: B009  of every ViT
+            # What the last block attends to is read from inside it.
+            for block in blocks[:-1] if self.max_focus > 1 else blocks:
                 # All share one compiled code, which knows nothing of budgets and hooks.
                 block.compile()
         self.network: nn.Module | None = None
@@ -97,7 +101,8 @@ class Learner:
         if isinstance(model, APViT):
             if self.budgets:
                 model.set_num_patches(max(self.budgets, key=count))
-            model.patch_embed.patching.jitter = self.model.patch_embed.patching.jitter  # type: ignore[union-attr]
+            for name in ('jitter', 'max_focus'):
+                setattr(model.patch_embed.patching, name, getattr(self.model.patch_embed.patching, name))  # type: ignore[union-attr]
         return model
 
     @property
@@ -172,18 +177,25 @@ class Learner:
         images, labels = self.mixer(images, labels, update)
         distillation = self.distillation
         with autocast(self.device, self.schedule.amp):
-            if distillation is None:
+            lesson = None
+            if distillation is not None:
+                wants_attention = distillation.weights.attention > 0 and isinstance(self.model, APViT)
+                lesson = distillation.teacher(images, wants_attention)
+            if lesson is None and self.max_focus == 1:
                 return self._label_loss((self.network or self.model)(images), labels)
-            wants_attention = distillation.weights.attention > 0 and isinstance(self.model, APViT)
-            lesson = distillation.teacher(images, wants_attention)
-            answer = observed(self.model, images, self.network)
-            return distilled_loss(self._label_loss(answer.logits, labels), answer, lesson, distillation.weights)
+            answer = observed(self.model, images, self.network, attention=self.max_focus > 1)
+            loss = self._label_loss(answer.logits, labels)
+            if distillation is not None and lesson is not None:
+                loss = distilled_loss(loss, answer, lesson, distillation.weights)
+            if answer.attention is not None and answer.geometry is not None:
+                loss = loss + self.schedule.guide_weight * saliency_loss(answer.geometry, answer.attention)
+            return loss
 
     def _label_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         return F.cross_entropy(logits.float(), labels, label_smoothing=self.mixer.smoothing)
 
     def _set_patches(self, update: int) -> None:
-        """Set the budget and the jitter of an update."""
+        """Set the budget, the jitter and the focus of an update."""
         if not isinstance(self.model, APViT):
             return
         schedule = self.schedule
@@ -193,6 +205,10 @@ class Learner:
         if schedule.jitter is not None:
             done = update / (schedule.jitter_epochs * self.updates_per_epoch) if schedule.jitter_epochs else 0.0
             self.model.patch_embed.patching.jitter = schedule.jitter * max(0.0, 1 - done)
+        if self.max_focus > 1:
+            patching = self.model.patch_embed.patching
+            patching.whole_share = schedule.whole_share
+            patching.max_focus = max_focus_at(update / (schedule.epochs * self.updates_per_epoch), self.max_focus)
 
     def _synchronising(self, last: bool) -> AbstractContextManager[Any]:
         """Average the gradients over the processes with the last piece only."""

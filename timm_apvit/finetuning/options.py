@@ -73,6 +73,9 @@ class Options(DataOptions):
     backbone_lr_scale: float = 1.0
     freeze_backbone_epochs: int = 0
     freeze_localizer_epochs: int = 0
+    max_focus: float | None = None
+    guide_weight: float = 1.0
+    whole_share: float = 0.5
     jitter: float | None = None
     jitter_epochs: int | None = None
     teacher: str | None = None

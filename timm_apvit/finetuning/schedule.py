@@ -30,6 +30,8 @@ class Schedule(NamedTuple):
         freeze_localizer_epochs: first epochs in which what a ViT does not have does not learn.
         jitter: of the model in the first update; None: the model's own.
         jitter_epochs: over which ``jitter`` falls to 0; None: it stays.
+        guide_weight: of the saliency map's loss against attention, for a model with focus.
+        whole_share: of the images that such a model sees whole while training.
         amp: ``'bfloat16'``, ``'float16'``, or None for float32.
         grad_accum: pieces in which a process computes its part of a batch.
         grad_checkpointing: whether activations are computed twice rather than kept.
@@ -57,6 +59,8 @@ class Schedule(NamedTuple):
     freeze_localizer_epochs: int = 0
     jitter: float | None = None
     jitter_epochs: int | None = None
+    guide_weight: float = 1.0
+    whole_share: float = 0.5
     amp: str | None = None
     grad_accum: int = 1
     grad_checkpointing: bool = False

@@ -15,7 +15,7 @@ def check_options(options: Options) -> None:
         if options.data is not None and getattr(options, name) is not None:
             flag = '--' + name.replace('_', '-')
             raise ValueError(f'expected {flag} without DATA only, whose images count themselves, got {flag} with DATA')
-    for name in ('num_patches', 'transform', 'img_size', 'jitter'):
+    for name in ('num_patches', 'transform', 'img_size', 'jitter', 'max_focus'):
         if getattr(options, name) is not None and name in options.model_kwargs:
             flag = '--' + name.replace('_', '-')
             raise ValueError(f'expected {flag} or {name} among --model-kwargs, got both')
