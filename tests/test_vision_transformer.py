@@ -164,3 +164,10 @@ def test_train_mode_with_jitter_is_random_and_eval_is_not():
     torch.testing.assert_close(model(image), model(image), rtol=0, atol=0)
     model.train()
     assert not torch.equal(model(image), model(image))
+
+
+def test_an_image_that_is_not_a_number_gives_no_number_and_does_not_end_the_process():
+    model = create().train()
+    logits = model(torch.full((2, 3, 160, 160), float('nan')))
+    assert logits.isnan().all()
+    logits.sum().backward()

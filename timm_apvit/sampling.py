@@ -68,7 +68,9 @@ def _read(texture: Tensor, points: Tensor) -> Tensor:
 
     As one strip of ``N * P_h`` rows: expanding the image once a patch would take gigabytes.
     """
-    strip = F.grid_sample(texture, points.flatten(1, 2), mode='bilinear', padding_mode='border', align_corners=False)
+    # On CPU, grid_sample's backward ends the process at a position that is not a number.
+    grid = torch.nan_to_num(points.flatten(1, 2))
+    strip = F.grid_sample(texture, grid, mode='bilinear', padding_mode='border', align_corners=False)
     return strip.reshape([points.shape[0], texture.shape[1]] + list(points.shape[1:4]))  # noqa: RUF005
 
 
