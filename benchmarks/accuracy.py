@@ -5,12 +5,13 @@
 Each contestant is trained on the same images in the same order under the same schedule. Every run has a file of its
 own in `benchmarks/results`, a run that was interrupted goes on from its last checkpoint, and a finished one is not
 repeated: so the table grows over several sittings. `--report` writes the table and the curves of what is there and
-trains nothing.
+trains nothing. `--speed` times all contestants of which there are results, in turn; leave the machine to it.
 """
 
 import argparse
 import itertools
 import json
+import math
 import platform
 import shutil
 import statistics
@@ -22,7 +23,7 @@ from typing import Any
 
 import timm
 import torch
-from contestants import CONTESTANTS, create_contestant
+from contestants import CONTESTANTS, DINOV2, create_contestant
 from cost import multiply_adds
 from fashion import TASKS, load_task
 from torch import nn
@@ -56,12 +57,15 @@ def main() -> None:
     add('--device', default='cpu')
     add('--results', type=Path, default=RESULTS)
     add('--report', action='store_true', help='report only')
+    add('--speed', action='store_true', help='measure the speed of what has been trained, and train nothing')
     options = parser.parse_args()
     if (options.task == 'pretrained') != (options.weights is not None):
         parser.error('expected --weights with the task pretrained, and with no other')
     torch.set_num_threads(options.threads)
     options.results.mkdir(parents=True, exist_ok=True)
-    if not options.report:
+    if options.speed:
+        measure_speed(options)
+    elif not options.report:
         for seed, budget, contestant in itertools.product(options.seeds, options.budgets, options.contestants):
             run(options, contestant, budget, seed)
     report(options.results, options.task)
@@ -71,27 +75,23 @@ def run(options: argparse.Namespace, contestant: str, budget: int, seed: int) ->
     """Train one contestant, unless its result is there."""
     name = '-'.join(filter(None, [options.task, contestant, str(budget), str(seed), options.label]))
     path = options.results / f'{name}.json'
-    if path.exists():
-        return
     pretrained = options.weights is not None
     task = TASKS[options.task]
+    schedule = schedule_of(options, contestant, seed)
+    settings = {
+        'images': options.images,
+        'schedule': schedule._asdict(),
+        'model_kwargs': options.model_kwargs if contestant == 'adaptive' else {},
+    }
+    if path.exists():
+        found = {key: value for key, value in json.loads(path.read_text()).items() if key in settings}
+        if found != json.loads(json.dumps(settings)):
+            raise ValueError(f'expected the settings of {path}, {found}, got {settings}; give a --label of their own')
+        return
     torch.manual_seed(seed)
-    model = create_contestant(contestant, task.side, budget, options.weights, **options.model_kwargs)
+    model = create_contestant(contestant, task.side, budget, options.weights, **settings['model_kwargs'])
     crop = round(budget**0.5) * (14 if pretrained else 16) if contestant == 'object' else None
     splits = load_task(task, seed + 1, options.images // EPOCHS, options.fashion, crop)
-    schedule = Schedule(
-        epochs=EPOCHS,
-        batch_size=32 if pretrained else 64,
-        lr=options.lr or (3e-4 if pretrained else 1e-3),
-        weight_decay=0.05,
-        layer_decay=0.75 if pretrained else 1.0,
-        warmup=EPOCHS / 10,
-        seed=seed,
-        workers=0,
-        device=options.device,
-        localizer_lr_scale=options.localizer_lr_scale,
-        amp='bfloat16' if pretrained else None,
-    )
     unfinished = options.results / f'.{name}.unfinished'
     unfinished.mkdir(exist_ok=True)
 
@@ -104,12 +104,12 @@ def run(options: argparse.Namespace, contestant: str, budget: int, seed: int) ->
     rows = train(model, splits, schedule, CheckpointStore(unfinished), lambda model, folder: None, tell, name)
     result = {
         'task': options.task, 'contestant': contestant, 'label': options.label, 'budget': budget, 'seed': seed,
-        'top1': rows[-1]['test_top1'], 'test_images': len(splits.test), 'images': options.images,
+        'top1': rows[-1]['test_top1'], 'test_images': len(splits.test),
         'images_seen': [row['epoch'] * options.images // EPOCHS for row in rows],
         'curve': [row['test_top1'] for row in rows], 'seconds': [row['seconds'] for row in rows],
-        **cost(model, splits.test[0][0][None].to(options.device)),
-        'schedule': schedule._asdict(), 'model_kwargs': options.model_kwargs,
-        'machine': {'processor': platform.processor() or platform.machine(), 'threads': options.threads},
+        'multiply_adds': count_multiply_adds(model, splits.test[0][0][None].to(options.device)),
+        **settings,
+        'machine': machine(options.threads),
         'versions': {'torch': torch.__version__, 'timm': timm.__version__, 'timm_apvit': timm_apvit.__version__},
         'command': ' '.join(sys.argv), 'time': time.strftime('%Y-%m-%d'),
     }  # fmt: skip
@@ -117,45 +117,95 @@ def run(options: argparse.Namespace, contestant: str, budget: int, seed: int) ->
     shutil.rmtree(unfinished)
 
 
+def schedule_of(options: argparse.Namespace, contestant: str, seed: int) -> Schedule:
+    """How a contestant is trained."""
+    pretrained = options.weights is not None
+    return Schedule(
+        epochs=EPOCHS,
+        batch_size=32 if pretrained else 64,
+        lr=options.lr or (3e-4 if pretrained else 1e-3),
+        weight_decay=0.05,
+        layer_decay=0.75 if pretrained else 1.0,
+        warmup=EPOCHS / 10,
+        seed=seed,
+        workers=0,
+        device=options.device,
+        localizer_lr_scale=options.localizer_lr_scale,
+        freeze_localizer_epochs=EPOCHS if contestant == 'frozen' else 0,
+        amp='bfloat16' if pretrained else None,
+    )
+
+
 @torch.no_grad()
-def cost(model: nn.Module, image: torch.Tensor) -> dict[str, float]:
-    """Multiply-adds of an image, and images per second alone and in batches of 64."""
-    model.eval()
-    batch = image.expand(64, -1, -1, -1).contiguous()
-    uncounted = [module for module in model.modules() if getattr(module, 'fused_attn', False)]
-    for module in uncounted:  # so that attention's products are seen
+def count_multiply_adds(model: nn.Module, image: torch.Tensor) -> int:
+    """Multiply-adds of an image ``(1, C, H, W)``, with everything counted."""
+    fused = [module for module in model.eval().modules() if getattr(module, 'fused_attn', False)]
+    for module in fused:  # so that attention's products are seen
         module.fused_attn = False
-    counted = sum(multiply_adds(model, image).values())
-    for module in uncounted:
+    counted = multiply_adds(model, image).total()
+    for module in fused:
         module.fused_attn = True
-    return {
-        'multiply_adds': counted,
-        'images_per_second_1': images_per_second(lambda: model(image), 1, 2.0),
-        'images_per_second_64': images_per_second(lambda: model(batch), 64, 2.0),
-    }
+    return counted
+
+
+def measure_speed(options: argparse.Namespace) -> None:
+    """Images per second alone and in batches of 64: the median of rounds in which all contestants take turns."""
+    subjects: dict[str, tuple[nn.Module, torch.Tensor]] = {}
+    task = TASKS[options.task]
+    for result in read_results(options.results, options.task):
+        key = ' '.join(str(result[name]) for name in ('budget', 'contestant', 'label'))
+        if key not in subjects:
+            model = create_contestant(
+                result['contestant'], task.side, result['budget'], options.weights, **result['model_kwargs']
+            )
+            patch = DINOV2['patch_size'] if options.weights else 16
+            side = patch * round(result['budget'] ** 0.5) if result['contestant'] == 'object' else task.side
+            subjects[key] = (
+                model.eval().to(options.device),
+                torch.randn(64, task.channels, side, side).to(options.device),
+            )
+    speeds: dict[str, dict[str, list[float]]] = {key: {'1': [], '64': []} for key in subjects}
+    with torch.no_grad():
+        for _ in range(5):
+            for key, (model, images) in subjects.items():
+                for number, found in speeds[key].items():
+                    batch = images[: int(number)]
+                    found.append(images_per_second(lambda model=model, batch=batch: model(batch), len(batch), 0.5))
+    medians = {key: {number: statistics.median(found) for number, found in own.items()} for key, own in speeds.items()}
+    text = json.dumps({'machine': machine(options.threads), 'images_per_second': medians}, indent=1)
+    write_atomically(options.results / f'speed-{options.task}.json', text + '\n')
+
+
+def machine(threads: int) -> dict[str, Any]:
+    """What figures were taken on."""
+    return {'processor': platform.processor() or platform.machine(), 'threads': threads}
+
+
+def read_results(folder: Path, task: str) -> list[dict[str, Any]]:
+    """The results of a task."""
+    return [json.loads(path.read_text()) for path in sorted(folder.glob(f'{task}-*.json'))]
 
 
 def report(folder: Path, task: str) -> None:
     """Write the table and the curves of a task's results."""
-    found = [json.loads(path.read_text()) for path in sorted(folder.glob(f'{task}-*.json'))]
+    found = read_results(folder, task)
+    timed = folder / f'speed-{task}.json'
+    speeds = json.loads(timed.read_text())['images_per_second'] if timed.exists() else {}
     groups: dict[tuple[int, str, str], list[dict[str, Any]]] = defaultdict(list)
     for result in found:
         groups[result['budget'], result['contestant'], result['label']].append(result)
     order = list(CONTESTANTS)
     keys = sorted(groups, key=lambda key: (key[0], order.index(key[1]), key[2]))
-    lines = ['| patches | contestant | top-1 | seeds | M multiply-adds | images/s alone | in 64 | training s |',
-             '|---|---|---|---|---|---|---|---|']  # fmt: skip
+    lines = ['| patches | contestant | top-1 | seeds | M multiply-adds | images/s alone | in batches of 64 |',
+             '|---|---|---|---|---|---|---|']  # fmt: skip
     for key in keys:
         runs = groups[key]
         top1 = [result['top1'] for result in runs]
         spread = f' ± {statistics.stdev(top1):.3f}' if len(top1) > 1 else ''
-        mean = {name: statistics.mean(result[name] for result in runs)
-                for name in ('multiply_adds', 'images_per_second_1', 'images_per_second_64')}  # fmt: skip
-        seconds = statistics.mean(sum(result['seconds']) for result in runs)
+        speed = speeds.get(f'{key[0]} {key[1]} {key[2]}', {'1': math.nan, '64': math.nan})
         lines.append(
             f'| {key[0]} | {" ".join(filter(None, key[1:]))} | {statistics.mean(top1):.3f}{spread} | {len(top1)} '
-            f'| {mean["multiply_adds"] / 1e6:.1f} | {mean["images_per_second_1"]:.0f} '
-            f'| {mean["images_per_second_64"]:.0f} | {seconds:.0f} |'
+            f'| {runs[0]["multiply_adds"] / 1e6:.1f} | {speed["1"]:.0f} | {speed["64"]:.0f} |'
         )
     text = '\n'.join(lines) + '\n'
     sys.stdout.write(text)

@@ -1,5 +1,6 @@
 """What is compared: models that differ in where their patches lie and in nothing else."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from timm_apvit.sampling import sample_patches
 from timm_apvit.transforms import PatchGeometry, footprint, patch_points, place_inside
 
 CONTESTANTS = {
-    'fixed': "timm's ViT on a fixed grid, on the area-averaged image",
+    'fixed': "timm's ViT on a fixed grid, on the image resized with anti-aliasing",
     'random': 'patches at random places, others for every image',
     'centre': 'patches closer together in the middle',
     'frozen': 'patches where an untrained localisation network puts them',
@@ -69,7 +70,11 @@ def create_contestant(name: str, side: int, num_patches: int, weights: Path | No
         weights: DINOv2's file for a pretrained ViT-S/14; None: a small ViT from scratch.
         kwargs: of ``timm.create_model``, for the adaptive patches.
     """
-    rows = round(num_patches**0.5)
+    rows = math.isqrt(num_patches)
+    if rows**2 != num_patches:
+        raise ValueError(f'expected a square number of patches, which a fixed grid can have too, got {num_patches}')
+    if name != 'adaptive' and kwargs.get('max_focus', 1) > 1:
+        raise ValueError(f'expected max_focus for the adaptive patches only, got it for {name!r}')
     common = {'num_patches': (rows, rows), 'num_classes': 10, 'img_size': side, **kwargs}
     if weights is None:
         model = timm.create_model('test_apvit', **{**SCRATCH, 'in_chans': 1, **common})
@@ -91,5 +96,4 @@ def place(model: APViT, name: str) -> APViT:
         # Heads at zero would be the fixed grid: these move a patch by up to half its range.
         for head in patching.localizer.head.values():
             nn.init.normal_(head.weight, std=0.1)
-        patching.requires_grad_(False)
     return model

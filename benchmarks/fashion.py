@@ -5,7 +5,6 @@ folder, or those that torchvision downloads. Its own split into 60,000 training 
 """
 
 import gzip
-from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -138,8 +137,3 @@ def load_task(task: Task, seed: int, images: int, folder: Path | None, crop: int
         return objects if crop is None else Crops(objects, crop)
 
     return Splits(split(True, images, seed), Kept(split(False, task.test_images, TEST_SEED)), NAMES)
-
-
-def shown(images: Sequence[Tensor]) -> Tensor:
-    """Images as people see them: ``(B, C, H, W)`` in [0, 1]."""
-    return (torch.stack(list(images)) * STD + MEAN).clamp(0, 1)

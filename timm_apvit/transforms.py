@@ -40,7 +40,8 @@ class PatchGeometry(NamedTuple):
         shear: x displacement per unit of y, in the patch's own frame: ``(B, N)``.
         image_from_patch: linear part of the map from patch-local to image coordinates: ``(B, N, 2, 2)``.
         saliency: logits of where the localisation network looks, ``(B, h, w)`` over the image; None without focus.
-        window: centre (x, y) and half-extent of where the anchors were put, ``(B, 3)``; None without focus.
+        window: centre (x, y) and half-extent of where the anchors were put, ``(B, 3)``; None without focus. Where an
+            image is padded or cropped to whole patches, this and the saliency are of what the patches tile.
     """
 
     centres: Tensor

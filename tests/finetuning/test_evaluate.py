@@ -40,8 +40,8 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / 'images'
 
 
-def saved(directory: Path, names: list[str] | None, num_classes: int = 2) -> str:
-    model = create(img_size=32, num_patches=2, num_classes=num_classes)
+def saved(directory: Path, names: list[str] | None, num_classes: int = 2, num_patches: Any = 2) -> str:
+    model = create(img_size=32, num_patches=num_patches, num_classes=num_classes)
     nn.init.normal_(model.head.weight)
     save_pretrained(model, directory, label_names=names)
     return f'local-dir:{directory}'
@@ -96,6 +96,11 @@ def test_accuracy_is_that_of_the_logits(folder: Path, tmp_path: Path) -> None:
     assert row['top1'] == pytest.approx(right[:, 0].float().mean())
     assert row['top5'] == pytest.approx(right[:, :5].any(1).float().mean())
     assert row['loss'] == pytest.approx(nn.functional.cross_entropy(logits, torch.tensor(labels)).item(), rel=1e-5)
+
+
+def test_a_model_keeps_the_grid_that_it_was_made_with(folder: Path, tmp_path: Path) -> None:
+    model = saved(tmp_path / 'model', [*'abcdefg'], num_classes=7, num_patches=(1, 4))
+    assert load_subject({'model': model, 'data': str(folder), 'device': 'cpu'}).budgets == ((1, 4),)
 
 
 def test_multiply_adds_are_those_of_the_products() -> None:

@@ -2,11 +2,15 @@
 
 import pytest
 import torch
+from timm.models.vision_transformer import ParallelScalingBlock
 from tiny import a_batch, tiny_learner, tiny_model, weights_of
 
 from timm_apvit.__main__ import main
 from timm_apvit.finetuning.distillation import attention_on_grid, observed
 from timm_apvit.finetuning.guidance import max_focus_at, saliency_loss
+from timm_apvit.finetuning.options import Options
+from timm_apvit.finetuning.soundness import check_focus
+from timm_apvit.finetuning.training import best_row
 from timm_apvit.patching import AdaptivePatching
 
 WHOLE, CLOSE = [0.0, 0.0, 1.0], [0.0, 0.0, 0.4]
@@ -50,14 +54,15 @@ def test_focus_closes_in_over_the_training():
     assert max_focus_at(0.4, 4.0) == max_focus_at(1.0, 4.0) == 4.0
 
 
-def test_attention_teaches_the_saliency_map_and_nothing_else():
+def test_attention_teaches_the_localisation_network_and_not_the_backbone():
     model = tiny_model(max_focus=2.0)
+    torch.nn.init.normal_(model.patch_embed.patching.localizer.saliency[1].weight)
     answer = observed(model, a_batch()[0], attention=True)
     assert answer.attention is not None
     saliency_loss(answer.geometry, answer.attention).backward()
     reached = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.abs().max() > 0}
-    assert 'patch_embed.patching.localizer.saliency.1.weight' in reached
-    assert all('.localizer.' in name for name in reached)
+    assert {name.split('.')[3] for name in reached} == {'stem', 'context', 'from_context', 'saliency'}
+    assert all(name.startswith('patch_embed.patching.localizer.') for name in reached)
 
 
 def test_a_localisation_network_finds_what_is_attended_to():
@@ -92,7 +97,7 @@ def test_an_update_sees_some_images_whole_and_closes_in():
     patching = learner.model.patch_embed.patching
     assert (patching.whole_share, patching.max_focus) == (0.25, pytest.approx(1.0, abs=1e-2))
     learner.update([a_batch()], 19)
-    assert patching.max_focus == learner.weights.patch_embed.patching.max_focus == 2.0
+    assert patching.max_focus == learner.tested_model().patch_embed.patching.max_focus == 2.0
 
 
 def test_focused_run_resumes_to_the_result_of_the_unbroken_one(tmp_path, monkeypatch):
@@ -118,3 +123,23 @@ def test_focused_run_resumes_to_the_result_of_the_unbroken_one(tmp_path, monkeyp
     unbroken, resumed = (weights_of(tmp_path / name) for name in ('unbroken', 'run'))
     assert any('saliency' in name for name in unbroken)
     assert all(torch.equal(resumed[name], value) for name, value in unbroken.items())
+
+
+def test_rejects_models_and_options_that_cannot_focus():
+    check_focus(tiny_model(max_focus=2.0), Options(max_focus=2.0, whole_share=0.3))
+    check_focus(tiny_model(), Options())
+    with pytest.raises(ValueError, match='expected --max-focus above 1 with --whole-share, got none'):
+        check_focus(tiny_model(), Options(whole_share=0.3))
+    with pytest.raises(ValueError, match='expected patch_drop_rate=0 with --max-focus'):
+        check_focus(tiny_model(max_focus=2.0, patch_drop_rate=0.5), Options())
+    with pytest.raises(ValueError, match='ordinary attention at its end'):
+        check_focus(tiny_model(max_focus=2.0, block_fn=ParallelScalingBlock), Options())
+
+
+def test_best_is_chosen_among_epochs_of_full_focus():
+    rows = [
+        {'epoch': n, 'test_top1': top1, 'max_focus': f}
+        for n, (top1, f) in enumerate([(0.9, 1.1), (0.5, 2.0), (0.6, 2.0)])
+    ]
+    assert best_row(rows[:1])['epoch'] == 0
+    assert best_row(rows)['epoch'] == 2

@@ -74,9 +74,11 @@ def test_average_is_timms_and_what_is_exported() -> None:
     for update in range(4):
         learner.update([a_batch()], update)
         expected.update(learner.model, step=update + 1)
-    assert learner.weights is not learner.model
-    torch.testing.assert_close(learner.weights.state_dict(), expected.module.state_dict(), rtol=0, atol=0)
-    assert not torch.equal(learner.weights.state_dict()['head.weight'], learner.model.state_dict()['head.weight'])
+    assert learner.tested_model() is not learner.model
+    torch.testing.assert_close(learner.tested_model().state_dict(), expected.module.state_dict(), rtol=0, atol=0)
+    assert not torch.equal(
+        learner.tested_model().state_dict()['head.weight'], learner.model.state_dict()['head.weight']
+    )
 
 
 def test_state_holds_all_that_resumes() -> None:
@@ -106,7 +108,7 @@ def test_budgets_vary_by_update_and_repeat() -> None:
     assert set(first) == {1, 3, 4}
     later = tiny_learner(num_patches=(1, 3, (2, 2)))
     assert budgets(later, range(6, 12)) == first[6:]
-    assert later.weights.num_patches == 4
+    assert later.tested_model().num_patches == 4
     assert set(budgets(tiny_learner(), range(3))) == {4}
 
 
@@ -117,7 +119,7 @@ def test_jitter_falls_to_nothing() -> None:
         for update in range(6):
             learner.update([a_batch(2)], update)
             found.append(learner.model.patch_embed.patching.jitter)
-        assert learner.weights.patch_embed.patching.jitter == found[-1]
+        assert learner.tested_model().patch_embed.patching.jitter == found[-1]
         return found
 
     assert jitters() == [0.3] * 6

@@ -135,7 +135,9 @@ def _suggest(name: str) -> str:
 def _parsed(parser: argparse.ArgumentParser, name: str, value: Any) -> Any:
     """The value of an option out of a file, parsed as on the command line."""
     if name == 'data':
-        return str(value)
+        if not isinstance(value, str):
+            raise ValueError(f'expected data to be a folder or the name of a dataset, got {value!r}')
+        return value
     flag = _flag(name)
     if isinstance(value, bool):
         parser.parse_args([flag])  # which raises unless it is a flag
@@ -146,7 +148,10 @@ def _parsed(parser: argparse.ArgumentParser, name: str, value: Any) -> Any:
         words = [flag, *map(str, value)]
     else:
         words = [f'{flag}={_text(value)}']
-    return vars(parser.parse_args(words)).get(name, {})
+    parsed = vars(parser.parse_args(words))
+    if not parsed.keys() <= {name}:
+        raise ValueError(f'expected one value for {name}, got {value!r}')
+    return parsed.get(name, {})
 
 
 def _text(value: Any) -> str:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, Sampler, get_worker_info
 
-from timm_apvit.finetuning.distributed import rank, world_size
+from timm_apvit.finetuning.distributed import own_share
 from timm_apvit.finetuning.sharing import Share, TrainingPieces
 
 Sample = tuple[Tensor, int]
@@ -139,7 +139,8 @@ class Stream:
         self.num_classes = num_classes
         self.shards = shards
         self.epoch = 0
-        self.rank, self.processes = rank(), world_size()
+        share = own_share()
+        self.rank, self.processes = share.rank, share.world
         if shards is not None and shards < self.processes:
             raise ValueError(f'expected a shard for each of {self.processes} processes, got {shards}: use fewer')
         self.is_training: bool = dataset.reader.is_training

@@ -155,21 +155,22 @@ def check_attends(model: nn.Module) -> None:
     attends = isinstance(model, VisionTransformer) and isinstance(getattr(model.blocks[-1], 'attn', None), Attention)
     if not attends:
         raise ValueError(
-            f"expected one of timm's VisionTransformers as the teacher for --attention-weight, got a "
-            f'{type(model).__name__}; leave --attention-weight out'
+            "expected one of timm's VisionTransformers with ordinary attention at its end for --attention-weight "
+            f'and --max-focus, got a {type(model).__name__} without; leave them out'
         )
 
 
 def patch_attention(model: Any, layer: Any, tokens: Tensor) -> Tensor:
-    """How the class token, or else the mean patch, attends to each patch: ``(B, T + N, D)`` -> ``(B, N)``, sums of 1.
+    """Attention to each patch: ``(B, T + N, D)`` -> ``(B, N)``, sums of 1.
 
-    The mean over the heads of an attention layer, computed from what the layer took: fused attention shows no weights.
+    That of the class token if the classifier takes it, or else of the mean patch; the mean over the heads, computed
+    from what the attention layer took: fused attention shows no weights.
     """
     with torch.autocast(tokens.device.type, enabled=False):
         shape = *tokens.shape[:2], 3, layer.num_heads, -1
         query, key, _ = layer.qkv(tokens.float()).view(shape).permute(2, 0, 3, 1, 4).unbind(0)  # (B, heads, T + N, d)
         query, key = layer.q_norm(query), layer.k_norm(key)
-        query = query[:, :, :1] if model.cls_token is not None else query[:, :, model.num_prefix_tokens :]
+        query = query[:, :, :1] if model.global_pool == 'token' else query[:, :, model.num_prefix_tokens :]
         attention = torch.softmax(query * layer.scale @ key.transpose(-2, -1), dim=-1)
         received: Tensor = attention[..., model.num_prefix_tokens :].mean(dim=(1, 2))
     return received / received.sum(dim=-1, keepdim=True)

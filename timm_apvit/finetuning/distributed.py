@@ -33,7 +33,7 @@ def is_main() -> bool:
 
 def own_share(pieces: int = 1) -> Share:
     """What of each batch this process computes."""
-    return Share(rank(), world_size(), pieces)
+    return Share(rank() if world_size() > 1 else 0, world_size(), pieces)
 
 
 def local_device(device: str | None) -> str:

@@ -89,8 +89,8 @@ def _add_rates(parser: argparse.ArgumentParser) -> None:
         '--guide-weight',
         type=number(float, 0),
         metavar='W',
-        help='of learning from attention what matters, with --max-focus (default: 1: only the saliency map learns from '
-        'it, which nothing else teaches)',
+        help='of learning from attention what matters, with --max-focus (default: 1: the backbone learns nothing from '
+        'it, and the saliency map from nothing else)',
     )
     add(
         '--whole-share',
@@ -161,12 +161,13 @@ def _add_cost(parser: argparse.ArgumentParser) -> None:
         '--grad-accum',
         type=number(int, 1),
         metavar='N',
-        help='compute each batch in N pieces, with the same result in less memory (default: 1, which is fastest)',
+        help='compute each batch in N pieces, in less memory, with the same result but for random noise (default: 1, '
+        'which is fastest)',
     )
     add(
         '--grad-checkpointing',
         action=argparse.BooleanOptionalAction,
-        help='compute activations twice rather than keep them: less memory, a third slower (default: no)',
+        help='compute activations twice rather than keep them: less memory, one more forward pass (default: no)',
     )
     add(
         '--compile',

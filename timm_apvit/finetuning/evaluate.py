@@ -74,7 +74,7 @@ def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
         help="numbers of patches, or GHxGW, to evaluate (default: those of the run, or the model's own)",
     )
     add('--img-size', type=counted, metavar='PIXELS', help="side of the images (default: the model's own)")
-    add('--batch-size', type=counted, help='(default: 64, which fits into 8 GB; it does not change the accuracy)')
+    add('--batch-size', type=counted, help='(default: 64; it does not change the accuracy)')
     add('--amp', choices=('bfloat16', 'float16'), help='compute in 16 bits (default: in 32, to be exact)')
     add('--json', metavar='FILE', help='write the results there too (default: none)')
     add('--workers', type=number(int, 0), help='processes that load data (default: 0, to leave the CPU to the model)')
@@ -128,7 +128,7 @@ def load_subject(given: dict[str, Any]) -> Subject:
     label_names = model.pretrained_cfg.get('label_names')
     splits = load_test(source, data_config, workers, None if label_names is None else tuple(label_names))
     _check_classes(model, splits)
-    budgets = given.get('num_patches') or options.num_patches or (model.num_patches,)
+    budgets = given.get('num_patches') or options.num_patches or (model.patch_embed.requested or model.num_patches,)
     return Subject(model.to(device).eval(), splits, budgets, given.get('batch_size', 64), workers, amp)
 
 

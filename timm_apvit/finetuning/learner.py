@@ -94,9 +94,8 @@ class Learner:
                 block.compile()
         self.network: nn.Module | None = None
 
-    @property
-    def weights(self) -> nn.Module:
-        """The model to evaluate and to export, at its largest budget."""
+    def tested_model(self) -> nn.Module:
+        """The model to test and to export, set to its largest budget."""
         model: nn.Module = self.model if self.ema is None else self.ema.module
         if isinstance(model, APViT):
             if self.budgets:
@@ -104,6 +103,11 @@ class Learner:
             for name in ('jitter', 'max_focus'):
                 setattr(model.patch_embed.patching, name, getattr(self.model.patch_embed.patching, name))  # type: ignore[union-attr]
         return model
+
+    @property
+    def current_focus(self) -> float:
+        """How closely the model may focus in the last update; 1: not at all."""
+        return self.model.patch_embed.patching.max_focus if isinstance(self.model, APViT) else 1.0
 
     @property
     def learning_rate(self) -> float:
@@ -153,6 +157,7 @@ class Learner:
         """
         self.scheduler.step_update(update)
         self._set_patches(update)
+        self.model.zero_grad()  # also of what the optimiser leaves alone
         number = self.schedule.grad_accum
         total = torch.zeros((), device=self.device)
         for n, (images, labels) in enumerate(pieces, start=1):
@@ -167,7 +172,6 @@ class Learner:
         nn.utils.clip_grad_norm_(self.model.parameters(), CLIP_GRAD_NORM)
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        self.optimizer.zero_grad()
         if self.ema is not None:
             self.ema.update(self.model, step=update + 1)
         return total

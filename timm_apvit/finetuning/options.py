@@ -140,7 +140,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         '--batch-size',
         type=counted,
-        help='images of an update, over all processes and --grad-accum (default: 64, which fits into 8 GB)',
+        help='images of an update, over all processes and --grad-accum (default: 64, small enough for most machines)',
     )
     add(
         '--lr',
@@ -166,7 +166,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         '--test-samples',
         type=counted,
-        help=f'embedded test images (default: {EMBEDDED_TEST_SAMPLES}: within 1.5 points)',
+        help=f'embedded test images (default: {EMBEDDED_TEST_SAMPLES}: a standard error of 1.5 points)',
     )
 
     add = parser.add_argument_group('running').add_argument

@@ -28,7 +28,7 @@ from timm_apvit.finetuning.logs import check_tensorboard
 from timm_apvit.finetuning.models import create_model, image_config, start_model
 from timm_apvit.finetuning.options import Options
 from timm_apvit.finetuning.schedule import Schedule
-from timm_apvit.finetuning.soundness import check_batches, check_epochs, check_options
+from timm_apvit.finetuning.soundness import check_batches, check_epochs, check_focus, check_options
 from timm_apvit.finetuning.sources import is_path, load_splits
 from timm_apvit.finetuning.teachers import create_distillation
 from timm_apvit.finetuning.training import STATE_KEYS
@@ -105,6 +105,7 @@ def prepare(given: dict[str, Any]) -> Run:
     start = start_model(options, len(splits.label_names))
     if options.crop_pct is not None:
         start.model.pretrained_cfg['crop_pct'] = options.crop_pct  # which those who load the model crop by
+    check_focus(start.model, options)
     _check_states(states, splits)
     distillation = create_distillation(options, start, data_config)
     twin = create_twin(start.model, **options.model_kwargs) if options.twin else None

@@ -1,8 +1,10 @@
 """Options that contradict each other, and batches that cannot be divided."""
 
+from timm_apvit.finetuning.distillation import check_attends
 from timm_apvit.finetuning.options import Options
 from timm_apvit.finetuning.schedule import Schedule
 from timm_apvit.finetuning.sharing import Share
+from timm_apvit.vision_transformer import APViT
 
 TEACHING = ('distill_weight', 'distill_temperature', 'token_weight', 'attention_weight')
 
@@ -27,6 +29,21 @@ def check_options(options: Options) -> None:
         raise ValueError('expected a --jitter above 0 for --jitter-epochs to lower, got none')
     if options.mixup_prob != usual.mixup_prob and not (options.mixup or options.cutmix):
         raise ValueError('expected --mixup or --cutmix with --mixup-prob, got neither')
+
+
+def check_focus(model: APViT, options: Options) -> None:
+    """Raise ValueError if a model cannot learn to focus as the options ask for."""
+    if model.patch_embed.patching.max_focus > 1:
+        check_attends(model)
+        if options.freeze_localizer_epochs:
+            raise ValueError('expected no --freeze-localizer-epochs with --max-focus, which closes in meanwhile')
+        if getattr(model.patch_drop, 'prob', 0) > 0:
+            raise ValueError('expected patch_drop_rate=0 with --max-focus: attention to dropped patches is not known')
+        return
+    usual = Options()
+    for name in ('guide_weight', 'whole_share'):
+        if getattr(options, name) != getattr(usual, name):
+            raise ValueError(f'expected --max-focus above 1 with --{name.replace("_", "-")}, got none')
 
 
 def check_epochs(schedule: Schedule) -> None:

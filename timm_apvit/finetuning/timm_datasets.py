@@ -134,8 +134,8 @@ def _own_names(dataset: Any) -> tuple[str, ...]:
     if numbers:
         return tuple(map(str, sorted(numbers, key=numbers.__getitem__)))
     own: Any = getattr(dataset, 'classes', None) or getattr(dataset, 'all_categories', ())
-    # torchvision's ImageNet has several names for a class.
-    return tuple(each if isinstance(each, str) else str(each[0]) for each in own)
+    # torchvision's ImageNet has several names for a class, the first of which two classes may share.
+    return tuple(each if isinstance(each, str) else ', '.join(map(str, each)) for each in own)
 
 
 class _Transform:

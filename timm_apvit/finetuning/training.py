@@ -74,7 +74,7 @@ def train(
         torch.manual_seed(seed_from(schedule.seed, epoch, 1, rank()))
         train_loss = _train_epoch(learner, _batches(splits, schedule, epoch), epoch, progress)
         metrics = evaluate_budgets(
-            learner.weights,
+            learner.tested_model(),
             splits,
             learner.budgets,
             max(1, schedule.batch_size // share.parts),
@@ -86,19 +86,25 @@ def train(
                 f'the test loss became {metrics["test_loss"]} after epoch {epoch + 1}; try a lower --lr'
             )
         row = {'epoch': epoch + 1, 'lr': learner.learning_rate, 'train_loss': train_loss, **metrics}
+        if learner.max_focus > 1:
+            row['max_focus'] = learner.current_focus
         rows.append({**row, 'seconds': round(time.monotonic() - start, 2)})
         if is_main():
             state = {**learner.state_dict(), 'rows': rows, 'label_names': list(splits.label_names)}
             store.save(
-                _version(epoch + 1), state, _version(_best(rows)), lambda directory: export(learner.weights, directory)
+                _version(epoch + 1),
+                state,
+                _version(_best(rows)),
+                lambda directory: export(learner.tested_model(), directory),
             )
             on_epoch(rows)
     return rows
 
 
 def best_row(rows: list[Row]) -> Row:
-    """The row of the best epoch: the first one of the highest test accuracy."""
-    return max(rows, key=lambda row: row['test_top1'])
+    """The row of the best epoch: the first one of the highest test accuracy, of those that focus as closely as any."""
+    closest = max(row.get('max_focus', 1.0) for row in rows)
+    return max((row for row in rows if row.get('max_focus', 1.0) == closest), key=lambda row: row['test_top1'])
 
 
 def _best(rows: list[Row]) -> int:
