@@ -99,7 +99,8 @@ def test_accuracy_is_that_of_the_logits(folder: Path, tmp_path: Path) -> None:
 
 
 def test_a_model_keeps_the_grid_that_it_was_made_with(folder: Path, tmp_path: Path) -> None:
-    model = saved(tmp_path / 'model', [*'abcdefg'], num_classes=7, num_patches=(1, 4))
+    names = ['cat', 'dog', 'eel', 'fox', 'gnu', 'hen', 'ibex']
+    model = saved(tmp_path / 'model', names, num_classes=7, num_patches=(1, 4))
     assert load_subject({'model': model, 'data': str(folder), 'device': 'cpu'}).budgets == ((1, 4),)
 
 
