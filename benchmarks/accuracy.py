@@ -11,7 +11,6 @@ trains nothing. `--speed` times all contestants of which there are results, in t
 import argparse
 import itertools
 import json
-import math
 import platform
 import shutil
 import statistics
@@ -202,16 +201,20 @@ def report(folder: Path, task: str) -> None:
         runs = groups[key]
         top1 = [result['top1'] for result in runs]
         spread = f' ± {statistics.stdev(top1):.3f}' if len(top1) > 1 else ''
-        speed = speeds.get(f'{key[0]} {key[1]} {key[2]}', {'1': math.nan, '64': math.nan})
+        speed = speeds.get(f'{key[0]} {key[1]} {key[2]}', {})
         lines.append(
             f'| {key[0]} | {" ".join(filter(None, key[1:]))} | {statistics.mean(top1):.3f}{spread} | {len(top1)} '
-            f'| {runs[0]["multiply_adds"] / 1e6:.1f} | {speed["1"]:.0f} | {speed["64"]:.0f} |'
+            f'| {runs[0]["multiply_adds"] / 1e6:.1f} | {_shown(speed, "1")} | {_shown(speed, "64")} |'
         )
     text = '\n'.join(lines) + '\n'
     sys.stdout.write(text)
     write_atomically(folder / f'{task}.md', text)
     if found:
         draw_curves({key: groups[key] for key in keys}, folder / f'{task}.png')
+
+
+def _shown(speed: dict[str, float], batch: str) -> str:
+    return f'{speed[batch]:.0f}' if speed else 'not measured'
 
 
 def draw_curves(groups: dict[tuple[int, str, str], list[dict[str, Any]]], path: Path) -> None:

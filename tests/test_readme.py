@@ -35,3 +35,8 @@ def test_docstring_examples_run(module):
 def test_every_public_name_is_documented():
     for name in set(timm_apvit.__all__) - {'TRANSFORMS', '__version__'}:
         assert getattr(timm_apvit, name).__doc__
+
+
+def test_table_is_that_of_the_results():
+    table = (Path(__file__).parents[1] / 'benchmarks/results/cluttered.md').read_text()
+    assert table in README.read_text()
