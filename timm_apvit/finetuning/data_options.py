@@ -66,7 +66,7 @@ def add_data_arguments(parser: argparse.ArgumentParser, training: bool) -> None:
         '--val-samples',
         type=counted,
         metavar='N',
-        help='test images of a stream, for display only: all are read (default: as the data say)',
+        help='test images of a stream that does not say how many (default: as it says; all are read in any case)',
     )
     add(
         '--num-classes',
