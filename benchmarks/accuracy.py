@@ -22,7 +22,7 @@ from typing import Any
 
 import timm
 import torch
-from contestants import CONTESTANTS, DINOV2, create_contestant
+from contestants import CONTESTANTS, create_contestant, crop_side
 from cost import multiply_adds
 from fashion import TASKS, load_task
 from torch import nn
@@ -74,7 +74,6 @@ def run(options: argparse.Namespace, contestant: str, budget: int, seed: int) ->
     """Train one contestant, unless its result is there."""
     name = '-'.join(filter(None, [options.task, contestant, str(budget), str(seed), options.label]))
     path = options.results / f'{name}.json'
-    pretrained = options.weights is not None
     task = TASKS[options.task]
     schedule = schedule_of(options, contestant, seed)
     settings = {
@@ -89,7 +88,7 @@ def run(options: argparse.Namespace, contestant: str, budget: int, seed: int) ->
         return
     torch.manual_seed(seed)
     model = create_contestant(contestant, task.side, budget, options.weights, **settings['model_kwargs'])
-    crop = round(budget**0.5) * (14 if pretrained else 16) if contestant == 'object' else None
+    crop = crop_side(contestant, budget, options.weights is not None)
     splits = load_task(task, seed + 1, options.images // EPOCHS, options.fashion, crop)
     unfinished = options.results / f'.{name}.unfinished'
     unfinished.mkdir(exist_ok=True)
@@ -157,8 +156,7 @@ def measure_speed(options: argparse.Namespace) -> None:
             model = create_contestant(
                 result['contestant'], task.side, result['budget'], options.weights, **result['model_kwargs']
             )
-            patch = DINOV2['patch_size'] if options.weights else 16
-            side = patch * round(result['budget'] ** 0.5) if result['contestant'] == 'object' else task.side
+            side = crop_side(result['contestant'], result['budget'], options.weights is not None) or task.side
             subjects[key] = (
                 model.eval().to(options.device),
                 torch.randn(64, task.channels, side, side).to(options.device),

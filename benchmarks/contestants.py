@@ -9,11 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from timm_apvit import APViT
-from timm_apvit.coords import anchors, sample_grid
+from timm_apvit.coords import anchors
 from timm_apvit.finetuning.twin import create_twin
 from timm_apvit.patching import AdaptivePatching
-from timm_apvit.sampling import sample_patches
-from timm_apvit.transforms import PatchGeometry, footprint, patch_points, place_inside
+from timm_apvit.transforms import PatchGeometry, place_inside
 
 CONTESTANTS = {
     'fixed': "timm's ViT on a fixed grid, on the image resized with anti-aliasing",
@@ -44,7 +43,6 @@ class PlacedPatching(AdaptivePatching):
     def forward(self, image: Tensor, layout: tuple[int, int] | None = None) -> tuple[Tensor, PatchGeometry]:
         """Take the patches of a batch; see `AdaptivePatching`."""
         used = layout or self.layout
-        image_size = (image.shape[2], image.shape[3])
         centres, extents = (each.expand(len(image), -1, -1) for each in anchors(used, image.device))
         if self.by_chance:
             # Other places for every image in training; for a test always the same ones.
@@ -53,11 +51,14 @@ class PlacedPatching(AdaptivePatching):
         else:
             centres = centres.sign() * centres.abs() ** 1.5
         zeros = torch.zeros_like(centres[..., 0])
-        geometry = place_inside(centres, extents, zeros, zeros, image_size)
-        points = patch_points(geometry, sample_grid(self.patch_size, image.device))
-        pixels = footprint(geometry.image_from_patch, image_size, self.patch_size)
-        largest = self.transform.max_footprint(used, image_size, self.patch_size)
-        return sample_patches(image, points, pixels, largest), geometry
+        geometry = place_inside(centres, extents, zeros, zeros, (image.shape[2], image.shape[3]))
+        return self.sample(image, geometry, used), geometry
+
+
+def crop_side(name: str, num_patches: int, pretrained: bool) -> int | None:
+    """Pixels along the side of the crops that a contestant is given instead of whole images; None: it is not."""
+    patch: int = DINOV2['patch_size'] if pretrained else 16
+    return math.isqrt(num_patches) * patch if name == 'object' else None
 
 
 def create_contestant(name: str, side: int, num_patches: int, weights: Path | None, **kwargs: Any) -> nn.Module:

@@ -127,11 +127,15 @@ class AdaptivePatching(nn.Module):
         geometry = PatchGeometry(
             placed.centres, placed.extents, placed.rotation, placed.shear, placed.image_from_patch, saliency, window
         )
+        return self.sample(image, geometry, used), geometry
 
+    def sample(self, image: Tensor, geometry: PatchGeometry, layout: tuple[int, int]) -> Tensor:
+        """Sample the patches of a geometry, at most as large as those of a layout ``(N, rows)`` may become."""
+        image_size = (image.shape[2], image.shape[3])
         points = patch_points(geometry, sample_grid(self.patch_size, image.device))
         pixels_per_sample = footprint(geometry.image_from_patch, image_size, self.patch_size)
-        largest = self.transform.max_footprint(used, image_size, self.patch_size)
-        return sample_patches(image, points, pixels_per_sample, largest), geometry
+        largest = self.transform.max_footprint(layout, image_size, self.patch_size)
+        return sample_patches(image, points, pixels_per_sample, largest)
 
     def _window(self, saliency: Tensor) -> Tensor:
         """Where the anchors go, ``(B, 3)``; some images are seen whole in train mode."""

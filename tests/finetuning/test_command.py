@@ -12,6 +12,7 @@ import timm
 import torch
 from PIL import Image
 from safetensors.torch import save_file
+from tiny import read_metrics
 
 from timm_apvit.__main__ import main
 from timm_apvit.finetuning.command import execute
@@ -34,11 +35,6 @@ def deadly_step(*args, **kwargs):
 torch.optim.AdamW.step = deadly_step
 sys.exit(main(sys.argv[1:]))
 """
-
-
-def read_metrics(directory: Path) -> list[dict[str, float]]:
-    rows = [json.loads(line) for line in (directory / 'metrics.jsonl').read_text().splitlines()]
-    return [{name: value for name, value in row.items() if name != 'seconds'} for row in rows]
 
 
 def weights_of(directory: Path) -> dict[str, Any]:

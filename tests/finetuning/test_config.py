@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import yaml
+from tiny import read_metrics
 
 from timm_apvit.__main__ import main
 from timm_apvit.finetuning.config import config_text, read_config, resumed_options, with_config
@@ -20,23 +21,18 @@ def write(path: Path, values: Any) -> Path:
     return path
 
 
-def metrics(directory: Path) -> list[dict[str, Any]]:
-    rows = [json.loads(line) for line in (directory / 'metrics.jsonl').read_text().splitlines()]
-    return [{name: value for name, value in row.items() if name != 'seconds'} for row in rows]
-
-
 def test_configuration_of_a_run_repeats_it_exactly(tmp_path: Path) -> None:
     first, second, third = (tmp_path / name for name in ('first', 'second', 'third'))
     assert main(['finetune', *TINY.split(), '--output', str(first)]) == 0
     config = ['--config', str(first / 'config.yaml'), '--threads', '1', '--device', 'cpu']
     assert main(['finetune', *config, '--output', str(second)]) == 0
-    assert metrics(second) == metrics(first)
+    assert read_metrics(second) == read_metrics(first)
     name = 'last/model.safetensors'
     assert (second / name).read_bytes() == (first / name).read_bytes()
     assert (second / 'config.yaml').read_text() == (first / 'config.yaml').read_text()
     # What the command line says wins; arguments of the model are merged.
     assert main(['finetune', *config, '--seed', '4', '--model-kwargs', 'depth=1', '--output', str(third)]) == 0
-    assert metrics(third) != metrics(first)
+    assert read_metrics(third) != read_metrics(first)
     written = read_config(third / 'config.yaml')
     assert written['seed'] == 4
     assert written['model_kwargs'] == {'drop_path_rate': 0.1, 'jitter': 0.1, 'depth': 1}

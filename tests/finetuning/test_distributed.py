@@ -1,6 +1,5 @@
 """Two processes train what one would, and fail together."""
 
-import json
 import os
 import socket
 import subprocess
@@ -9,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import weights_of
+from tiny import read_metrics, weights_of
 
 from timm_apvit.__main__ import main
 from timm_apvit.finetuning.distributed import joined, local_device
@@ -32,11 +31,6 @@ def losing_step(*args, **kwargs):
 torch.optim.AdamW.step = losing_step
 sys.exit(main(sys.argv[1:]))
 """
-
-
-def read_metrics(directory: Path) -> list[dict[str, float]]:
-    rows = [json.loads(line) for line in (directory / 'metrics.jsonl').read_text().splitlines()]
-    return [{name: value for name, value in row.items() if name != 'seconds'} for row in rows]
 
 
 def assert_same_run(first: Path, second: Path) -> None:

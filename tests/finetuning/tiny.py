@@ -1,5 +1,6 @@
 """Tiny models, data and schedules, for tests of the engine."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -58,3 +59,9 @@ def weights_of(directory: Path) -> dict[str, Any]:
     """The weights in the last checkpoint of a run."""
     state: dict[str, Any] = torch.load(directory / 'last/training.pt', weights_only=True)
     return state['model']
+
+
+def read_metrics(directory: Path) -> list[dict[str, Any]]:
+    """The metrics of a run, but for the time that it took."""
+    rows = [json.loads(line) for line in (directory / 'metrics.jsonl').read_text().splitlines()]
+    return [{name: value for name, value in row.items() if name != 'seconds'} for row in rows]

@@ -12,7 +12,7 @@ import yaml
 from timm_apvit import __version__
 from timm_apvit.finetuning.checkpoints import CONFIG_FILE, first_line
 from timm_apvit.finetuning.options import CHANGEABLE_OPTIONS, RUNTIME_OPTIONS, Options, add_arguments
-from timm_apvit.finetuning.parsing import format_budget
+from timm_apvit.finetuning.parsing import flag, format_budget
 
 NAMES = tuple(field.name for field in fields(Options) if field.name != 'resume')
 
@@ -103,7 +103,7 @@ def resumed_options(directory: Path, given: dict[str, Any]) -> Options:
     free = RUNTIME_OPTIONS | CHANGEABLE_OPTIONS
     differing = [name for name in given if name not in free and not _agree(saved[name], given[name])]
     if differing:
-        texts = [f'{_flag(name)} {_shown(given[name])} (the run has {_shown(saved[name])})' for name in differing]
+        texts = [f'{flag(name)} {_shown(given[name])} (the run has {_shown(saved[name])})' for name in differing]
         raise ValueError(f'expected the options of the run that is resumed, got {", ".join(texts)}')
     own = {name: value for name, value in saved.items() if value is not None and name not in RUNTIME_OPTIONS}
     return Options(**{**own, **{name: value for name, value in given.items() if name in free}})
@@ -122,10 +122,6 @@ def _shown(value: Any) -> str:
     return ','.join(map(format_budget, value)) if isinstance(value, tuple) else str(value)
 
 
-def _flag(name: str) -> str:
-    return 'DATA' if name == 'data' else '--' + name.replace('_', '-')
-
-
 def _suggest(name: str) -> str:
     """An unknown name, and the known ones that are nearest."""
     nearest = difflib.get_close_matches(name, NAMES, cutoff=0.5)
@@ -138,16 +134,16 @@ def _parsed(parser: argparse.ArgumentParser, name: str, value: Any) -> Any:
         if not isinstance(value, str):
             raise ValueError(f'expected data to be a folder or the name of a dataset, got {value!r}')
         return value
-    flag = _flag(name)
+    option = flag(name)
     if isinstance(value, bool):
-        parser.parse_args([flag])  # which raises unless it is a flag
+        parser.parse_args([option])  # which raises unless it is a flag
         return value
     if isinstance(value, dict):
-        words = [flag, *(f'{key}={_tuples(item)!r}' for key, item in value.items())] if value else []
+        words = [option, *(f'{key}={_tuples(item)!r}' for key, item in value.items())] if value else []
     elif isinstance(value, list) and name != 'num_patches':
-        words = [flag, *map(str, value)]
+        words = [option, *map(str, value)]
     else:
-        words = [f'{flag}={_text(value)}']
+        words = [f'{option}={_text(value)}']
     parsed = vars(parser.parse_args(words))
     if not parsed.keys() <= {name}:
         raise ValueError(f'expected one value for {name}, got {value!r}')

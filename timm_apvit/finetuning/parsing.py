@@ -73,3 +73,8 @@ class ModelKwargs(argparse.Action):
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
         """Add the pairs to those of earlier uses of the option."""
         setattr(namespace, self.dest, {**getattr(namespace, self.dest, {}), **dict(values)})
+
+
+def flag(name: str) -> str:
+    """An option as the command line has it."""
+    return 'DATA' if name == 'data' else '--' + name.replace('_', '-')

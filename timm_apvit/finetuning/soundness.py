@@ -2,6 +2,7 @@
 
 from timm_apvit.finetuning.distillation import check_attends
 from timm_apvit.finetuning.options import Options
+from timm_apvit.finetuning.parsing import flag
 from timm_apvit.finetuning.schedule import Schedule
 from timm_apvit.finetuning.sharing import Share
 from timm_apvit.vision_transformer import APViT
@@ -15,16 +16,16 @@ def check_options(options: Options) -> None:
         raise ValueError('expected --pretrained or --checkpoint, got both: each says where the weights come from')
     for name in ('samples', 'test_samples'):
         if options.data is not None and getattr(options, name) is not None:
-            flag = '--' + name.replace('_', '-')
-            raise ValueError(f'expected {flag} without DATA only, whose images count themselves, got {flag} with DATA')
+            raise ValueError(
+                f'expected {flag(name)} without DATA only, whose images count themselves, got {flag(name)} with DATA'
+            )
     for name in ('num_patches', 'transform', 'img_size', 'jitter', 'max_focus'):
         if getattr(options, name) is not None and name in options.model_kwargs:
-            flag = '--' + name.replace('_', '-')
-            raise ValueError(f'expected {flag} or {name} among --model-kwargs, got both')
+            raise ValueError(f'expected {flag(name)} or {name} among --model-kwargs, got both')
     usual = Options()
     lessons = [name for name in TEACHING if getattr(options, name) != getattr(usual, name)]
     if options.teacher is None and lessons:
-        raise ValueError(f'expected --teacher with --{lessons[0].replace("_", "-")}, got none')
+        raise ValueError(f'expected --teacher with {flag(lessons[0])}, got none')
     if options.jitter_epochs is not None and not options.jitter:
         raise ValueError('expected a --jitter above 0 for --jitter-epochs to lower, got none')
     if options.mixup_prob != usual.mixup_prob and not (options.mixup or options.cutmix):
@@ -43,7 +44,7 @@ def check_focus(model: APViT, options: Options) -> None:
     usual = Options()
     for name in ('guide_weight', 'whole_share'):
         if getattr(options, name) != getattr(usual, name):
-            raise ValueError(f'expected --max-focus above 1 with --{name.replace("_", "-")}, got none')
+            raise ValueError(f'expected --max-focus above 1 with {flag(name)}, got none')
 
 
 def check_epochs(schedule: Schedule) -> None:
@@ -53,8 +54,7 @@ def check_epochs(schedule: Schedule) -> None:
     for name in ('freeze_backbone_epochs', 'freeze_localizer_epochs', 'jitter_epochs'):
         value = getattr(schedule, name)
         if value is not None and value > schedule.epochs:
-            flag = '--' + name.replace('_', '-')
-            raise ValueError(f'expected {flag} of at most --epochs, got {value} of {schedule.epochs}')
+            raise ValueError(f'expected {flag(name)} of at most --epochs, got {value} of {schedule.epochs}')
 
 
 def check_batches(schedule: Schedule, samples: int, share: Share) -> None:

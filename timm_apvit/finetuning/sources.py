@@ -13,6 +13,7 @@ from timm_apvit.finetuning.data_options import DataOptions
 from timm_apvit.finetuning.digits import load_embedded_digits
 from timm_apvit.finetuning.folders import find_folders, find_test_folder
 from timm_apvit.finetuning.options import EMBEDDED_SAMPLES, EMBEDDED_TEST_SAMPLES, Options
+from timm_apvit.finetuning.parsing import flag
 from timm_apvit.finetuning.timm_datasets import (
     READERS,
     STREAMS,
@@ -145,7 +146,7 @@ def check(options: Options) -> None:
 
 def flags(names: set[str]) -> str:
     """Names of options as they are given."""
-    return ', '.join(sorted('--' + name.replace('_', '-') for name in names))
+    return ', '.join(sorted(map(flag, names)))
 
 
 def create_transforms(options: Options, data_config: dict[str, Any]) -> tuple[Any, Any]:
