@@ -219,7 +219,12 @@ def test_interruption_of_an_update_comes_at_once(
     second_epoch: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     second_epoch['act'] = lambda loss: signal.raise_signal(signal.SIGINT)
-    assert run(tmp_path / 'run') == 130
+    # A shell starts what it runs in the background with Ctrl-C ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        assert run(tmp_path / 'run') == 130
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert f'continue with --resume {tmp_path / "run"}' in capsys.readouterr().out
 
 
