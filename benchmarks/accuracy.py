@@ -130,6 +130,8 @@ def schedule_of(options: argparse.Namespace, contestant: str, seed: int) -> Sche
         device=options.device,
         localizer_lr_scale=options.localizer_lr_scale,
         freeze_localizer_epochs=EPOCHS if contestant == 'frozen' else 0,
+        guide_weight=1.0 if pretrained else 0.0,
+        whole_share=0.1 if pretrained else 0.0,
         amp='bfloat16' if pretrained else None,
     )
 

@@ -9,7 +9,8 @@ from conftest import move_patches
 from torch import nn
 
 from timm_apvit import TRANSFORMS, AdaptivePatching, APViT, interpolate_pos_embed
-from timm_apvit.localizer import Localizer, ZeroLinear
+from timm_apvit.layers import ZeroLinear
+from timm_apvit.localizer import Localizer
 from timm_apvit.transforms import PatchTransform
 
 

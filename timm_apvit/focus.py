@@ -1,15 +1,20 @@
 """Focus: the anchors as a whole close in on the part of the image that matters.
 
 A patch learns where to go from what it sees. Far from what matters it sees nothing that would tell it, so only the
-patches nearby ever arrive. Here one saliency map moves all anchors together, as a window: its centre and its size are
-the moments of the map, and a flat map is the whole image. The map is learnt from where the transformer attends
-(`timm_apvit.finetuning.guidance`): on cluttered images 3,200 of them put nine windows of ten on the object.
+patches nearby ever arrive. Here all anchors move together, as a window, in two steps: a saliency map says where the
+window lies, and the features under it then say by how much to shift and resize it. A flat map is the whole image. How
+the two are learnt, from labels and from where the transformer attends, is `timm_apvit.finetuning.guidance`.
 """
 
-import torch
-from torch import Tensor
+import math
+from typing import Any, NamedTuple
 
-from timm_apvit.coords import cell_centres
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from timm_apvit.coords import cell_centres, sample_grid
+from timm_apvit.layers import ZeroConv, ZeroLinear, conv_norm_act, keep_scale
 
 # The map is raised to this power before its moments are taken: attention has a floor that would pull them to the middle
 # of the image.
@@ -17,14 +22,106 @@ SHARPNESS = 4.0
 # Half-extents of the window, in those of an even map of the same spread. Above 1, so that a flat map is the whole image
 # with room to spare, and that what matters lies within the window and not along its edge.
 MARGIN = 2.5
+# The map alone closes in by this factor at most: it knows better where something is than how large it is.
+STEP = 2.5
+# Its window may then be shifted by so many of its half-extents, and grow or shrink by so much.
+MAX_SHIFT, MAX_ZOOM = 0.5, 2.0
+# From this half-extent on a window counts as the whole image.
+WHOLE = 0.9
 
 
-def focus_window(saliency: Tensor, max_focus: float, sharpness: float = SHARPNESS, margin: float = MARGIN) -> Tensor:
+class Focus(NamedTuple):
+    """Where a batch of images was looked at.
+
+    Attributes:
+        saliency: logits of what matters, ``(B, h, w)``, of cells that tile the image.
+        summary: features under the saliency map, ``(B, D)``: what it selects.
+        rough: window of the saliency map alone: centre (x, y) and half-extent, ``(B, 3)``.
+        adjustment: shift (x, y) in half-extents of ``rough`` and log-scale, ``(B, 3)``.
+        window: the adjusted one, ``(B, 3)``.
+    """
+
+    saliency: Tensor
+    summary: Tensor
+    rough: Tensor
+    adjustment: Tensor
+    window: Tensor
+
+
+class FocusNetwork(nn.Module):
+    """What the localisation network saw -> `Focus`.
+
+    The window is found in two steps, as in detection (Ren et al. 2015, https://arxiv.org/abs/1506.01497): the moments
+    of a saliency map, then an adjustment from features read on a grid over that first window. Both last layers are
+    zero: the whole image.
+
+    Args:
+        width: channels of the features.
+        points: features read along each side of the first window.
+        device: of the parameters.
+        dtype: of the parameters.
+    """
+
+    def __init__(self, width: int, points: int = 6, device: Any = None, dtype: Any = None) -> None:
+        super().__init__()
+        factory: dict[str, Any] = {'device': device, 'dtype': dtype}
+        self.width, self.points = width, points
+        self.step, self.bounds = STEP, [MAX_SHIFT, MAX_SHIFT, math.log(MAX_ZOOM)]  # TorchScript knows no globals
+        # Whether the adjustment has a lesson of its own, and is then spared the noisier one through the sampling. The
+        # training sets it.
+        self.taught = False
+        self.saliency = nn.Sequential(conv_norm_act(width, width, 1, factory), ZeroConv(width, 1, **factory))
+        self.reduce = nn.Linear(width, width // 2, **factory)
+        self.adjust = nn.Sequential(
+            nn.Linear(points**2 * (width // 2) + width, 2 * width, **factory),
+            nn.GELU(),
+            nn.Linear(2 * width, width, **factory),
+            nn.GELU(),
+            ZeroLinear(width, 3, **factory),
+        )
+        self.init_weights()
+
+    @torch.jit.ignore
+    def init_weights(self, needs_reset: bool = True) -> None:
+        """Initialise the hidden layers, and the last ones at zero, in every initialisation mode of timm."""
+        keep_scale(self)
+
+    @torch.jit.ignore
+    def reset_parameters(self) -> None:
+        """Initialise again: what timm calls after ``to_empty``."""
+        self.init_weights()
+
+    def forward(self, features: Tensor, context: Tensor, max_focus: float) -> Focus:
+        """Find the window.
+
+        Args:
+            features: ``(B, D, h, w)``.
+            context: of the whole image, ``(B, 1, D)``.
+            max_focus: above 1; no half-extent is below ``1 / max_focus``.
+        """
+        hidden = features + context.transpose(1, 2).unsqueeze(-1)
+        saliency = self.saliency(hidden).squeeze(1).float()  # (B, h, w)
+        share = torch.softmax(saliency.flatten(1), dim=1).unsqueeze(2)
+        summary = (hidden.flatten(2).float() @ share).squeeze(2)  # (B, D)
+
+        rough = saliency_window(saliency, min(max_focus, self.step))
+        local = sample_grid((self.points, self.points), features.device)
+        grid = rough[:, None, None, :2] + rough[:, None, None, 2:] * local
+        # Beyond the image lies nothing: zeros say where it ends.
+        seen = F.grid_sample(features.float(), grid, padding_mode='zeros', align_corners=False)
+        seen = self.reduce(seen.flatten(2).transpose(1, 2).to(features.dtype)).flatten(1)
+        adjustment = torch.tanh(self.adjust(torch.cat([seen, context.squeeze(1)], dim=1)).float())
+        adjustment = adjustment * torch.tensor(self.bounds, device=features.device)
+        window = adjusted_window(rough, adjustment, max_focus)
+        return Focus(saliency, summary, rough, adjustment, window.detach() if self.taught else window)
+
+
+def saliency_window(saliency: Tensor, max_focus: float, sharpness: float = SHARPNESS, margin: float = MARGIN) -> Tensor:
     """Window around what matters: logits ``(B, h, w)`` -> centre (x, y) and half-extent, ``(B, 3)``.
 
     Moments of ``softmax(sharpness * saliency)``. The window lies in the image, and is never smaller than
-    ``1 / max_focus``. No gradient reaches the map: through the sampling it is so noisy that it undoes what attention
-    has taught.
+    ``1 / max_focus``. No gradient reaches the map: through the sampling it is so noisy that it undoes what the map has
+    learnt.
 
     Convention:
         (x, y) and half-extents are normalised over pixel edges, as everywhere; the window has the image's aspect.
@@ -37,14 +134,28 @@ def focus_window(saliency: Tensor, max_focus: float, sharpness: float = SHARPNES
     """
     height, width = saliency.shape[1], saliency.shape[2]
     share = torch.softmax(sharpness * saliency.detach().float().flatten(1), dim=1).reshape(-1, height, width)
-    columns, rows = share.sum(dim=1), share.sum(dim=2)  # (B, w), (B, h)
-    x, spread_x = _moments(columns)
-    y, spread_y = _moments(rows)
-    extent = (margin * torch.sqrt((spread_x + spread_y) / 2)).clamp(min=1 / max_focus, max=1.0)
+    x, spread_x = _moments(share.sum(dim=1))  # of the columns
+    y, spread_y = _moments(share.sum(dim=2))
+    extent = margin * torch.sqrt((spread_x + spread_y) / 2)
+    return window_inside(torch.stack([x, y, extent], dim=1), max_focus)
+
+
+def adjusted_window(rough: Tensor, adjustment: Tensor, max_focus: float, whole: float = WHOLE) -> Tensor:
+    """Shift a window by some of its half-extents and scale it by an exponent: two ``(B, 3)`` -> ``(B, 3)``.
+
+    The whole image is not adjusted, and what is almost the whole image hardly.
+    """
+    extent = rough[:, 2:]
+    adjustment = adjustment * ((1 - extent) / (1 - whole)).clamp(max=1.0)
+    centre = rough[:, :2] + extent * adjustment[:, :2]
+    return window_inside(torch.cat([centre, extent * torch.exp(adjustment[:, 2:])], dim=1), max_focus)
+
+
+def window_inside(window: Tensor, max_focus: float) -> Tensor:
+    """Put windows ``(B, 3)`` wholly inside the image, none smaller than ``1 / max_focus``."""
+    extent = window[:, 2:].clamp(min=1 / max_focus, max=1.0)
     room = 1 - extent
-    return torch.stack(
-        [torch.minimum(torch.maximum(x, -room), room), torch.minimum(torch.maximum(y, -room), room), extent], dim=1
-    )
+    return torch.cat([torch.minimum(torch.maximum(window[:, :2], -room), room), extent], dim=1)
 
 
 def _moments(share: Tensor) -> tuple[Tensor, Tensor]:

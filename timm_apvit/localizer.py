@@ -6,58 +6,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from timm_apvit.layers import ZeroLinear, conv_norm_act, keep_scale
 from timm_apvit.transforms import FIELDS
-
-
-class ZeroLinear(nn.Module):
-    """Linear layer that starts at zero and that timm's ``init_weights`` leaves at zero: ``(..., C)`` -> ``(..., D)``.
-
-    Not a subclass of `nn.Linear`, which timm re-initialises (standard deviation 0.02; Xavier in its jax mode).
-    """
-
-    def __init__(self, in_features: int, out_features: int, **factory: Any) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(out_features, in_features, **factory))
-        self.bias = nn.Parameter(torch.empty(out_features, **factory))
-        self.init_weights()
-
-    @torch.jit.ignore
-    def init_weights(self, needs_reset: bool = True) -> None:
-        """Set the layer to zero, in every initialisation mode of timm."""
-        nn.init.zeros_(self.weight)
-        nn.init.zeros_(self.bias)
-
-    @torch.jit.ignore
-    def reset_parameters(self) -> None:
-        """Set the layer to zero: what timm calls after ``to_empty``."""
-        self.init_weights()
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Apply the layer."""
-        return F.linear(x, self.weight, self.bias)
-
-
-class ZeroConv(ZeroLinear):
-    """1 x 1 convolution that starts at zero, as `ZeroLinear` does: ``(B, C, h, w)`` -> ``(B, D, h, w)``."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Apply the layer."""
-        return F.conv2d(x, self.weight.unsqueeze(-1).unsqueeze(-1), self.bias)
-
-
-def _conv(in_chans: int, out_chans: int, stride: int, factory: dict[str, Any]) -> nn.Sequential:
-    """3 x 3 convolution, normalised per sample: batch statistics would make a sample depend on its batch."""
-    return nn.Sequential(
-        nn.Conv2d(in_chans, out_chans, 3, stride=stride, padding=1, bias=False, **factory),
-        nn.GroupNorm(8, out_chans, **factory),
-        nn.GELU(),
-    )
 
 
 class Localizer(nn.Module):
     """Localisation network: ``(B, C, H, W)`` and N anchors -> raw parameters ``(B, N, width)`` by field name.
 
-    `look` at the image once, `find` what matters in it, and predict (`forward`) at anchors put there.
+    `look` at the image once, then predict (`forward`) at any anchors.
 
     Follows Spatial Transformer Networks (Jaderberg et al. 2015, section 3.1), shared over the patches: the image is
     resized to a fixed side with anti-aliasing (so that the cost does not grow with the image), a strided stem
@@ -73,7 +29,6 @@ class Localizer(nn.Module):
         context: width of the context vector.
         device: of the parameters.
         dtype: of the parameters.
-        saliency: whether to predict where in the image to look.
     """
 
     def __init__(
@@ -85,19 +40,19 @@ class Localizer(nn.Module):
         context: int = 128,
         device: Any = None,
         dtype: Any = None,
-        saliency: bool = False,
     ) -> None:
         super().__init__()
         factory = {'device': device, 'dtype': dtype}
         self.side = side
+        self.width = width
         self.stem = nn.Sequential(
-            _conv(in_chans, width // 2, 2, factory),
-            _conv(width // 2, width, 2, factory),
-            _conv(width, width, 1, factory),
+            conv_norm_act(in_chans, width // 2, 2, factory),
+            conv_norm_act(width // 2, width, 2, factory),
+            conv_norm_act(width, width, 1, factory),
         )
         self.context = nn.Sequential(
-            _conv(width, width, 2, factory),
-            _conv(width, width, 2, factory),
+            conv_norm_act(width, width, 2, factory),
+            conv_norm_act(width, width, 2, factory),
             nn.Flatten(),
             nn.Linear(width * (side // 16) ** 2, context, **factory),
             nn.GELU(),
@@ -107,24 +62,12 @@ class Localizer(nn.Module):
         self.from_anchor = nn.Linear(4, width, bias=False, **factory)
         self.mlp = nn.Sequential(nn.GELU(), nn.Linear(width, width, **factory), nn.GELU())
         self.head = nn.ModuleDict({name: ZeroLinear(width, FIELDS[name], **factory) for name in fields})
-        find = [_conv(width, width, 1, factory), ZeroConv(width, 1, **factory)] if saliency else []
-        self.saliency = nn.Sequential(*find)
         self.init_weights()
 
     @torch.jit.ignore
     def init_weights(self, needs_reset: bool = True) -> None:
-        """Initialise the hidden layers so that they keep the scale of what they see, and the heads at zero.
-
-        Alike standing alone and in every mode of timm, whose usual standard deviation of 0.02 would shrink what the
-        heads see thirtyfold.
-        """
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-            elif isinstance(module, nn.Conv2d | nn.GroupNorm | ZeroLinear):
-                module.reset_parameters()
+        """Initialise the hidden layers, and the heads at zero, in every initialisation mode of timm."""
+        keep_scale(self)
 
     @torch.jit.ignore
     def reset_parameters(self) -> None:
@@ -138,11 +81,6 @@ class Localizer(nn.Module):
         small = F.interpolate(image.float(), size=[self.side, self.side], mode='bilinear', antialias=True)
         features = self.stem(small.to(dtype))
         return features, self.from_context(self.context(features)).unsqueeze(1)
-
-    def find(self, features: Tensor, context: Tensor) -> Tensor:
-        """Where to look, from what `look` saw: logits ``(B, side / 4, side / 4)``, float32, zero at first."""
-        logits: Tensor = self.saliency(features + context.transpose(1, 2).unsqueeze(-1))  # (B, 1, h, w)
-        return logits.squeeze(1).float()
 
     def forward(
         self, features: Tensor, context: Tensor, anchor_centres: Tensor, anchor_extents: Tensor

@@ -10,7 +10,7 @@ from timm.layers import PatchEmbed
 from torch import Tensor, nn
 
 from timm_apvit.coords import NumPatches, anchors, check_num_patches, check_patch_size, layout_grid, resolve_layout
-from timm_apvit.localizer import ZeroLinear
+from timm_apvit.layers import ZeroLinear
 from timm_apvit.patching import AdaptivePatching
 from timm_apvit.transforms import PatchGeometry
 
@@ -202,11 +202,11 @@ def complete_state_dict(module: nn.Module, state_dict: dict[str, Any], prefix: s
     """
     own = {k: v for k, v in module.state_dict(prefix=prefix).items() if k[len(prefix) :].startswith(ADAPTIVE_MODULES)}
     plain = not any(key in state_dict for key in own)
-    focuses = any('.localizer.saliency.' in key for key in state_dict)
+    focuses = any('.focus.' in key for key in state_dict)
     predicted = {key.rpartition('.')[0] for key in state_dict if '.localizer.head.' in key}
     for key, value in own.items():
         field = key.rpartition('.')[0]
-        new = plain or ('.localizer.saliency.' in key and not focuses)
+        new = plain or ('.focus.' in key and not focuses)
         if new and not value.is_meta:  # what holds no value is reported as missing
             state_dict[key] = value
         # Every family predicts the shift: a checkpoint without it is not of a smaller family, but broken.

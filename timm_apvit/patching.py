@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from timm_apvit.coords import NumPatches, anchors, check_number, check_patch_size, resolve_layout, sample_grid
-from timm_apvit.focus import focus_window
+from timm_apvit.focus import FocusNetwork
 from timm_apvit.localizer import Localizer
 from timm_apvit.sampling import sample_patches
 from timm_apvit.transforms import PatchGeometry, PatchTransform, footprint, patch_points
@@ -71,9 +71,8 @@ class AdaptivePatching(nn.Module):
         self.whole_share = 0.0
         self.set_num_patches(num_patches)
         self.transform = PatchTransform(transform, max_shift, max_zoom, max_rotation, max_shear)
-        self.localizer = Localizer(
-            self.transform.fields, in_chans, device=device, dtype=dtype, saliency=self.max_focus > 1
-        )
+        self.localizer = Localizer(self.transform.fields, in_chans, device=device, dtype=dtype)
+        self.focus = FocusNetwork(self.localizer.width, device=device, dtype=dtype) if self.max_focus > 1 else None
 
     @torch.jit.ignore
     def bounds(self) -> dict[str, Any]:
@@ -113,9 +112,9 @@ class AdaptivePatching(nn.Module):
         centres, extents = anchors(used, image.device)
         saliency: Optional[Tensor] = None
         window: Optional[Tensor] = None
-        if self.max_focus > 1:
-            saliency = self.localizer.find(features, context)
-            window = self._window(saliency)  # (B, 3)
+        if self.focus is not None:
+            found = self.focus(features, context, self.max_focus)
+            saliency, window = found.saliency, self._seen(found.window)
             extent = window[:, None, 2:]
             centres = window[:, None, :2] + extent * centres  # (B, N, 2)
             extents = extent * extents
@@ -137,9 +136,8 @@ class AdaptivePatching(nn.Module):
         largest = self.transform.max_footprint(layout, image_size, self.patch_size)
         return sample_patches(image, points, pixels_per_sample, largest)
 
-    def _window(self, saliency: Tensor) -> Tensor:
-        """Where the anchors go, ``(B, 3)``; some images are seen whole in train mode."""
-        window = focus_window(saliency, self.max_focus)
+    def _seen(self, window: Tensor) -> Tensor:
+        """The windows ``(B, 3)``, but for some images that are seen whole in train mode."""
         if self.training and self.whole_share > 0:
             whole = torch.rand(window.shape[0], 1, device=window.device) < self.whole_share
             window = torch.where(whole, torch.tensor([0.0, 0.0, 1.0], device=window.device), window)

@@ -41,7 +41,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: VisionTransformer) -
     if model.attn_pool is None:
         unexpected = {key for key in unexpected if not key.startswith('attn_pool.')}
     if missing or unexpected:
-        focuses = any('.localizer.saliency.' in key for key in unexpected)
+        focuses = any('.focus.' in key for key in unexpected)
         hint = '; the checkpoint is of a model with max_focus above 1' if focuses else ''
         raise ValueError(
             f'expected a checkpoint of a ViT or an APViT that fits this {type(model).__name__}; '

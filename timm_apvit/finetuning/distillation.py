@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from timm_apvit.coords import anchors
 from timm_apvit.dense import splat_weights
+from timm_apvit.focus import Focus
 from timm_apvit.transforms import PatchGeometry
 from timm_apvit.vision_transformer import APViT
 
@@ -61,12 +62,14 @@ class Answer(NamedTuple):
         features: ``(B, D)``, pooled, as the classifier takes them.
         geometry: of the student's patches; None: they are fixed.
         attention: of its last block to each patch, ``(B, N)``, without gradient; None: not asked for.
+        focus: how the patches as a whole were placed; None: the model has none.
     """
 
     logits: Tensor
     features: Tensor
     geometry: PatchGeometry | None
     attention: Tensor | None = None
+    focus: Focus | None = None
 
 
 class Teacher(nn.Module):
@@ -119,11 +122,17 @@ def observed(model: nn.Module, images: Tensor, network: nn.Module | None = None,
     classifier: nn.Module = getattr(model, 'get_classifier')()  # noqa: B009  of every timm model
     layer: nn.Module | None = model.blocks[-1].attn if attention else None  # type: ignore[union-attr, index]
     patch_embed = model.patch_embed if isinstance(model, APViT) else None
-    with inputs_of(classifier) as features, inputs_of(layer) as tokens, outputs_of(patch_embed) as seen:
+    focus = patch_embed and patch_embed.patching.focus
+    with (
+        inputs_of(classifier) as features,
+        inputs_of(layer) as tokens,
+        outputs_of(patch_embed) as seen,
+        outputs_of(focus) as found,
+    ):
         logits = (network or model)(images)
     with torch.no_grad():
         received = patch_attention(model, layer, tokens[0]) if attention else None
-    return Answer(logits, features[0], seen[0].geometry if seen else None, received)
+    return Answer(logits, features[0], seen[0].geometry if seen else None, received, found[0] if found else None)
 
 
 @contextmanager

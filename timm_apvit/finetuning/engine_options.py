@@ -81,22 +81,23 @@ def _add_rates(parser: argparse.ArgumentParser) -> None:
         '--max-focus',
         type=number(float, 1),
         metavar='X',
-        help='how far the patches as a whole may close in on what matters, learnt from attention; 2.5 suits objects of '
-        "a tenth of the image (default: the model's own, 1 if it says none: where detail is everywhere it has nothing "
-        'to find)',
+        help='how far the patches as a whole may close in on what matters, learnt from the labels and from attention; '
+        "5 suits objects of 2 to 14 %% of the image (default: the model's own, 1 if it says none: where detail is "
+        'everywhere it has nothing to find)',
     )
     add(
         '--guide-weight',
         type=number(float, 0),
         metavar='W',
-        help='of learning from attention what matters, with --max-focus (default: 1: the backbone learns nothing from '
-        'it, and the saliency map from nothing else)',
+        help='of what attention teaches the focus beside the labels, with --max-focus (default: 1; from scratch 0: a '
+        'new transformer attends to anything)',
     )
     add(
         '--whole-share',
         type=number(float, 0, 1),
         metavar='S',
-        help='share of the training images seen whole with --max-focus, of which attention learns (default: 0.5)',
+        help='share of the training images seen whole with --max-focus, which show attention what windows miss '
+        '(default: 0.1; from scratch 0)',
     )
     add(
         '--jitter',

@@ -1,23 +1,40 @@
-"""Guidance: where the transformer attends in whole images teaches the localisation network what matters in them.
+"""Guidance: what teaches the focus where to look.
 
-What a model's last block attends to finds the object long before gradients through the sampling do: on the benchmark's
-cluttered images the class token of a DINOv2 ViT-S/14, fine-tuned on 8 x 8 patches of 4,800 of them, had 73 % of its
-attention on an object that, with half a patch around it, covers 13 % of the image. No teacher is needed: a share of the
-images is seen whole, and there the model's own attention is the target of its saliency map.
+Gradients through the sampling say nothing of what a window misses. Three lessons that do, for `FocusNetwork`:
+
+- labels: the features under the saliency map are to name the class, as in attention-based multiple-instance learning
+  (Ilse et al. 2018, https://arxiv.org/abs/1802.04712), so the map has to find what tells it;
+- the attention of the transformer in images that it sees whole is the target of the map;
+- the moments of its attention in a window, where it is finer, are the target of the window's adjustment.
+
+No teacher is needed, and the backbone learns nothing from it. Attention teaches only if the transformer comes with
+weights. From scratch it is spread over the clutter: maps that follow it stay flat, and windows that follow it grow to
+the whole image. There the adjustment learns through the sampling.
 """
+
+import math
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from timm_apvit.finetuning.distillation import attention_on_grid
+from timm_apvit.finetuning.distillation import Answer, attention_on_grid
+from timm_apvit.finetuning.distributed import sum_over_processes, world_size
+from timm_apvit.focus import WHOLE, Focus
+from timm_apvit.layers import ZeroLinear
 from timm_apvit.transforms import PatchGeometry
 
-# The focus stays on the whole image for the first tenth of the training, in which attention finds its object, then
-# closes in until four tenths. All at once after a tenth, it cost the benchmark's ViT-S/14 eight points for a while.
-FOCUS_BEGINS, FOCUS_COMPLETE = 0.1, 0.4
-# From this half-extent on a window counts as the whole image.
-WHOLE = 0.9
+# The focus stays on the whole image for the first part of the training, in which labels and attention find what
+# matters, then closes in.
+FOCUS_BEGINS, FOCUS_COMPLETE = 0.08, 0.18
+# Attention is squared before its moments are taken. Plain attention is also spread over what is around the object, the
+# more so the larger the window is: windows that followed it grew to the whole image.
+SHARPNESS = 2
+# Half-extents of the window that is aimed at, in those of an even spread with the variance of squared attention, which
+# is closer together than its object: an object's own are about 1.5 of these.
+ROOM = 2.3
+# Of the adjustment's loss beside the others.
+ADJUSTMENT_WEIGHT = 3.0
 
 
 def max_focus_at(progress: float, max_focus: float) -> float:
@@ -35,17 +52,83 @@ def max_focus_at(progress: float, max_focus: float) -> float:
     return float(max_focus ** min(1.0, max(0.001, done)))
 
 
-def saliency_loss(geometry: PatchGeometry, attention: Tensor) -> Tensor:
-    """Divergence of the saliency map from the attention ``(B, N)``, the mean over the images that were seen whole.
+class Guide(nn.Module):
+    """The lessons of a model with focus; the classifier for the first one is needed in training only.
 
-    Raises:
-        ValueError: the model has no focus.
+    Args:
+        width: of the features under the saliency map.
+        num_classes: of the labels.
+        max_focus: of the model in the end.
+        attention_weight: of what attention teaches beside the labels; 0: attention is not needed.
     """
-    saliency, window = geometry.saliency, geometry.window
-    if saliency is None or window is None:
-        raise ValueError('expected the geometry of a model with max_focus above 1, got one without a saliency map')
+
+    def __init__(self, width: int, num_classes: int, max_focus: float, attention_weight: float) -> None:
+        super().__init__()
+        self.classifier = ZeroLinear(width, num_classes)
+        self.max_focus = max_focus
+        self.attention_weight = attention_weight
+
+    def forward(self, answer: Answer, labels: Tensor) -> Tensor:
+        """The loss of a batch, given the model's answer and labels ``(B,)`` or ``(B, classes)``.
+
+        Raises:
+            ValueError: the answer says nothing of focus, or of attention that is to teach.
+        """
+        focus, geometry, attention = answer.focus, answer.geometry, answer.attention
+        if focus is None or geometry is None:
+            raise ValueError('expected the answer of a model with max_focus above 1, got one without focus')
+        loss = F.cross_entropy(self.classifier(focus.summary).float(), labels)
+        if self.attention_weight == 0:
+            return loss
+        if attention is None:
+            raise ValueError('expected an answer with attention, which is to teach, got none')
+        taught = saliency_loss(focus, geometry, attention)
+        taught = taught + ADJUSTMENT_WEIGHT * adjustment_loss(focus, geometry, attention, self.max_focus)
+        return loss + self.attention_weight * taught
+
+    def average_gradients(self) -> None:
+        """Average the gradients over the processes, which all hold the same classifier."""
+        for parameter in self.parameters():
+            if parameter.grad is not None:
+                parameter.grad = sum_over_processes(parameter.grad) / world_size()
+
+
+def saliency_loss(focus: Focus, geometry: PatchGeometry, attention: Tensor) -> Tensor:
+    """Divergence of the saliency map from the attention ``(B, N)``, the mean over the images that were seen whole."""
+    saliency = focus.saliency
     with torch.no_grad():
         target = attention_on_grid(geometry, attention, (saliency.shape[1], saliency.shape[2]))
-        whole = (window[:, 2] >= WHOLE).float()
+        whole = (_window(geometry)[:, 2] >= WHOLE).float()
     divergence = F.kl_div(saliency.flatten(1).log_softmax(dim=1), target, reduction='none').sum(dim=1)
     return (whole * divergence).sum() / whole.sum().clamp(min=1)
+
+
+def adjustment_loss(focus: Focus, geometry: PatchGeometry, attention: Tensor, max_focus: float) -> Tensor:
+    """How far the adjustment is from where the attention ``(B, N)`` lies: smooth L1, a mean over the batch.
+
+    Images whose first window is the whole image count for nothing, and neither do those whose attention lies beyond
+    that window, where no adjustment gets.
+    """
+    with torch.no_grad():
+        aim = attended_window(geometry, attention, max_focus)
+        shift = (aim[:, :2] - focus.rough[:, :2]) / focus.rough[:, 2:]
+        target = torch.cat([shift, torch.log(aim[:, 2:] / focus.rough[:, 2:])], dim=1)
+        counts = ((focus.rough[:, 2] < WHOLE) & (shift.abs().amax(dim=1) < 1)).float()
+    distance = F.smooth_l1_loss(focus.adjustment, target, reduction='none', beta=0.2).sum(dim=1)
+    return (counts * distance).mean()
+
+
+def attended_window(geometry: PatchGeometry, attention: Tensor, max_focus: float) -> Tensor:
+    """Window around where the attention ``(B, N)`` lies, `ROOM` times its spread: ``(B, 3)``."""
+    share = (attention**SHARPNESS / (attention**SHARPNESS).sum(dim=1, keepdim=True)).unsqueeze(-1)
+    centre = (share * geometry.centres).sum(dim=1)
+    # Of an even spread over a half-extent e the variance is e^2 / 3; each patch is one of its own.
+    variance = (share * ((geometry.centres - centre.unsqueeze(1)) ** 2 + geometry.extents**2 / 3)).sum(dim=1)
+    extent = (ROOM * math.sqrt(3) * variance.mean(dim=1, keepdim=True).sqrt()).clamp(min=1 / max_focus, max=1.0)
+    return torch.cat([centre, extent], dim=1)
+
+
+def _window(geometry: PatchGeometry) -> Tensor:
+    if geometry.window is None:
+        raise ValueError('expected the geometry of a model with max_focus above 1, got one without a window')
+    return geometry.window

@@ -16,7 +16,7 @@ from timm_apvit.finetuning.data import seed_from
 from timm_apvit.finetuning.distillation import Teacher, Weights, distilled_loss, observed
 from timm_apvit.finetuning.distributed import distribute, sum_over_processes, world_size
 from timm_apvit.finetuning.evaluation import autocast
-from timm_apvit.finetuning.guidance import max_focus_at, saliency_loss
+from timm_apvit.finetuning.guidance import Guide, max_focus_at
 from timm_apvit.finetuning.mixing import Mixer
 from timm_apvit.finetuning.optimization import create_optimizer, create_scheduler, freeze, learning_rate
 from timm_apvit.finetuning.parsing import count
@@ -76,7 +76,12 @@ class Learner:
         self.distillation = distillation
         self.max_focus = model.patch_embed.patching.max_focus if isinstance(model, APViT) else 1.0
         self.budgets = schedule.num_patches or ()
-        self.optimizer = create_optimizer(model, schedule)
+        focus = model.patch_embed.patching.focus if isinstance(model, APViT) else None
+        self.guide = None
+        if focus is not None:
+            focus.taught = schedule.guide_weight > 0
+            self.guide = Guide(focus.width, num_classes, self.max_focus, schedule.guide_weight).to(self.device)
+        self.optimizer = create_optimizer(model, schedule, self.guide)
         self.scheduler = create_scheduler(self.optimizer, schedule, updates_per_epoch)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=schedule.amp == 'float16')
         self.mixer = Mixer(schedule, num_classes)
@@ -89,7 +94,7 @@ class Learner:
         if schedule.compile:
             blocks = getattr(model, 'blocks')  # noqa: B009  of every ViT
             # What the last block attends to is read from inside it.
-            for block in blocks[:-1] if self.max_focus > 1 else blocks:
+            for block in blocks if self.guide is None else blocks[:-1]:
                 # All share one compiled code, which knows nothing of budgets and hooks.
                 block.compile()
         self.network: nn.Module | None = None
@@ -119,6 +124,8 @@ class Learner:
         state = {'model': self.model.state_dict(), 'optimizer': self.optimizer.state_dict()}
         if self.ema is not None:
             state['ema'] = self.ema.module.state_dict()
+        if self.guide is not None:
+            state['guide'] = self.guide.state_dict()
         if self.scaler.is_enabled():
             state['scaler'] = self.scaler.state_dict()
         return state
@@ -129,6 +136,8 @@ class Learner:
         self.optimizer.load_state_dict(state['optimizer'])
         if self.ema is not None:
             self.ema.module.load_state_dict(state['ema'])
+        if self.guide is not None:
+            self.guide.load_state_dict(state['guide'])
         if self.scaler.is_enabled():
             self.scaler.load_state_dict(state['scaler'])
 
@@ -158,6 +167,7 @@ class Learner:
         self.scheduler.step_update(update)
         self._set_patches(update)
         self.model.zero_grad()  # also of what the optimiser leaves alone
+        self.optimizer.zero_grad()
         number = self.schedule.grad_accum
         total = torch.zeros((), device=self.device)
         for n, (images, labels) in enumerate(pieces, start=1):
@@ -168,6 +178,8 @@ class Learner:
                     mean_losses([loss.detach()], update)
                 self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
             total += loss.detach()
+        if self.guide is not None:
+            self.guide.average_gradients()
         self.scaler.unscale_(self.optimizer)
         nn.utils.clip_grad_norm_(self.model.parameters(), CLIP_GRAD_NORM)
         self.scaler.step(self.optimizer)
@@ -185,14 +197,15 @@ class Learner:
             if distillation is not None:
                 wants_attention = distillation.weights.attention > 0 and isinstance(self.model, APViT)
                 lesson = distillation.teacher(images, wants_attention)
-            if lesson is None and self.max_focus == 1:
+            if lesson is None and self.guide is None:
                 return self._label_loss((self.network or self.model)(images), labels)
-            answer = observed(self.model, images, self.network, attention=self.max_focus > 1)
+            attends = self.guide is not None and self.guide.attention_weight > 0
+            answer = observed(self.model, images, self.network, attention=attends)
             loss = self._label_loss(answer.logits, labels)
             if distillation is not None and lesson is not None:
                 loss = distilled_loss(loss, answer, lesson, distillation.weights)
-            if answer.attention is not None and answer.geometry is not None:
-                loss = loss + self.schedule.guide_weight * saliency_loss(answer.geometry, answer.attention)
+            if self.guide is not None:
+                loss = loss + self.guide(answer, labels)
             return loss
 
     def _label_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
@@ -209,7 +222,7 @@ class Learner:
         if schedule.jitter is not None:
             done = update / (schedule.jitter_epochs * self.updates_per_epoch) if schedule.jitter_epochs else 0.0
             self.model.patch_embed.patching.jitter = schedule.jitter * max(0.0, 1 - done)
-        if self.max_focus > 1:
+        if self.guide is not None:
             patching = self.model.patch_embed.patching
             patching.whole_share = schedule.whole_share
             patching.max_focus = max_focus_at(update / (schedule.epochs * self.updates_per_epoch), self.max_focus)

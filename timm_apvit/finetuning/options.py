@@ -74,8 +74,8 @@ class Options(DataOptions):
     freeze_backbone_epochs: int = 0
     freeze_localizer_epochs: int = 0
     max_focus: float | None = None
-    guide_weight: float = 1.0
-    whole_share: float = 0.5
+    guide_weight: float | None = None
+    whole_share: float | None = None
     jitter: float | None = None
     jitter_epochs: int | None = None
     teacher: str | None = None

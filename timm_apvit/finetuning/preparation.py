@@ -171,7 +171,7 @@ def with_defaults(options: Options) -> Options:
     if embedded:
         usual = {'samples': defaults.EMBEDDED_SAMPLES, 'test_samples': defaults.EMBEDDED_TEST_SAMPLES}
         changes.update({name: value for name, value in usual.items() if getattr(options, name) is None})
-    fine_tuned = options.pretrained or options.checkpoint is not None
+    fine_tuned = _is_fine_tuned(options)
     epochs = options.epochs or (6 if embedded else 10)
     scratch_lr = 2e-3 if embedded else 1e-3
     filled = {
@@ -183,6 +183,11 @@ def with_defaults(options: Options) -> Options:
     }
     changes.update({name: value for name, value in filled.items() if getattr(options, name) is None})
     return replace(options, **changes)
+
+
+def _is_fine_tuned(options: Options) -> bool:
+    """Whether the model comes with weights."""
+    return options.pretrained or options.checkpoint is not None
 
 
 def checked_device(device: str, amp: str | None) -> str:
@@ -205,8 +210,14 @@ def _schedule(options: Options) -> Schedule:
     workers = options.workers
     if workers is None:
         workers = 0 if options.data is None else min(8, (os.cpu_count() or 1) // processes_here())
-    same = {name: getattr(options, name) for name in Schedule._fields if name not in ('device', 'workers')}
-    schedule = Schedule(**same, device=device, workers=workers)
+    attends = _is_fine_tuned(options)  # from scratch, attention has nothing to teach
+    settled: dict[str, Any] = {
+        'device': device,
+        'workers': workers,
+        'guide_weight': float(attends) if options.guide_weight is None else options.guide_weight,
+        'whole_share': 0.1 * attends if options.whole_share is None else options.whole_share,
+    }
+    schedule = Schedule(**{name: settled.get(name, getattr(options, name)) for name in Schedule._fields})
     check_epochs(schedule)
     return schedule
 

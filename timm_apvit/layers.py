@@ -1,0 +1,67 @@
+"""Layers of the localisation network."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class ZeroLinear(nn.Module):
+    """Linear layer that starts at zero and that timm's ``init_weights`` leaves at zero: ``(..., C)`` -> ``(..., D)``.
+
+    Not a subclass of `nn.Linear`, which timm re-initialises (standard deviation 0.02; Xavier in its jax mode).
+    """
+
+    def __init__(self, in_features: int, out_features: int, **factory: Any) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(out_features, in_features, **factory))
+        self.bias = nn.Parameter(torch.empty(out_features, **factory))
+        self.init_weights()
+
+    @torch.jit.ignore
+    def init_weights(self, needs_reset: bool = True) -> None:
+        """Set the layer to zero, in every initialisation mode of timm."""
+        nn.init.zeros_(self.weight)
+        nn.init.zeros_(self.bias)
+
+    @torch.jit.ignore
+    def reset_parameters(self) -> None:
+        """Set the layer to zero: what timm calls after ``to_empty``."""
+        self.init_weights()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the layer."""
+        return F.linear(x, self.weight, self.bias)
+
+
+class ZeroConv(ZeroLinear):
+    """1 x 1 convolution that starts at zero, as `ZeroLinear` does: ``(B, C, h, w)`` -> ``(B, D, h, w)``."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the layer."""
+        return F.conv2d(x, self.weight.unsqueeze(-1).unsqueeze(-1), self.bias)
+
+
+def conv_norm_act(in_chans: int, out_chans: int, stride: int, factory: dict[str, Any]) -> nn.Sequential:
+    """3 x 3 convolution, normalised per sample: batch statistics would make a sample depend on its batch."""
+    return nn.Sequential(
+        nn.Conv2d(in_chans, out_chans, 3, stride=stride, padding=1, bias=False, **factory),
+        nn.GroupNorm(8, out_chans, **factory),
+        nn.GELU(),
+    )
+
+
+def keep_scale(network: nn.Module) -> None:
+    """Initialise the hidden layers of a network so that they keep the scale of what they see, and zero layers at zero.
+
+    Alike standing alone and in every mode of timm, whose usual standard deviation of 0.02 would shrink what the last
+    layers see thirtyfold.
+    """
+    for module in network.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.Conv2d | nn.GroupNorm | ZeroLinear):
+            module.reset_parameters()
