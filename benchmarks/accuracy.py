@@ -35,6 +35,8 @@ from timm_apvit.finetuning.training import Row, train
 
 RESULTS = Path(__file__).parent / 'results'
 EPOCHS = 12
+# Of the schedule, what only a model with focus knows.
+FOCUS_FIELDS = ('guide_weight', 'whole_share')
 
 
 def main() -> None:
@@ -76,9 +78,10 @@ def run(options: argparse.Namespace, contestant: str, budget: int, seed: int) ->
     path = options.results / f'{name}.json'
     task = TASKS[options.task]
     schedule = schedule_of(options, contestant, seed)
+    focuses = contestant == 'adaptive' and options.model_kwargs.get('max_focus', 1) > 1
     settings = {
         'images': options.images,
-        'schedule': schedule._asdict(),
+        'schedule': {k: v for k, v in schedule._asdict().items() if focuses or k not in FOCUS_FIELDS},
         'model_kwargs': options.model_kwargs if contestant == 'adaptive' else {},
     }
     if path.exists():

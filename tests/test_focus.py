@@ -52,11 +52,20 @@ def test_the_whole_image_is_not_adjusted_and_almost_all_of_it_half():
     assert torch.allclose(half[:, 2], torch.tensor(0.95 / math.sqrt(2)))
 
 
+def test_gradients_lead_a_window_back_from_its_bounds():
+    adjustment = torch.tensor([[0.0, 0.0, -0.6], [0.5, 0.5, 0.0]], requires_grad=True)
+    window = adjusted_window(torch.tensor([[0.0, 0.0, 0.4], [0.5, 0.0, 0.45]]), adjustment, 2.5)
+    assert torch.allclose(window[:, 2], torch.tensor([0.4, 0.45]))
+    (-window[0, 2] + window[1, 0]).backward()  # wants the first one larger, and the second one further to the left
+    assert adjustment.grad[0, 2] < 0
+    assert adjustment.grad[1, 0] > 0
+
+
 @pytest.mark.parametrize('taught', [False, True])
 def test_the_sampling_teaches_the_adjustment_unless_it_has_a_lesson_and_never_the_map(taught):
     patching = AdaptivePatching(8, (4, 4), max_focus=3.0)
     patching.focus.taught = taught
-    torch.nn.init.normal_(patching.focus.saliency[1].weight, std=5.0)
+    torch.nn.init.normal_(patching.focus.saliency[1].weight, std=50.0)
     patches, geometry = patching(torch.rand(3, 3, 64, 48))
     assert (geometry.window[:, 2] < 0.9).all()
     patches.square().sum().backward()
@@ -76,7 +85,7 @@ def test_a_new_model_with_focus_is_the_vit():
 def test_focus_moves_all_patches_into_one_window():
     patching = AdaptivePatching(8, (4, 4), 'translation', max_focus=2.0)
     with torch.no_grad():
-        patching.focus.saliency[1].weight.normal_(std=5.0)
+        patching.focus.saliency[1].weight.normal_(std=50.0)
         patching.focus.adjust[4].weight.normal_(std=0.1)
         patches, geometry = patching(torch.rand(3, 3, 64, 48))
     centre, extent = geometry.window[:, None, :2], geometry.window[:, None, 2:]
@@ -121,7 +130,7 @@ def test_a_focused_model_scripts_exports_and_is_rebuilt():
     assert torch.equal(rebuilt(image), expected)
 
 
-@pytest.mark.parametrize('max_focus', [0.5, float('nan'), '2'])
-def test_rejects_a_focus_below_1(max_focus):
+@pytest.mark.parametrize('max_focus', [0.5, 5.5, float('nan'), '2'])
+def test_rejects_a_focus_out_of_range(max_focus):
     with pytest.raises(ValueError, match='expected max_focus to be a finite number within'):
         AdaptivePatching(max_focus=max_focus)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from timm_apvit.coords import cell_centres, sample_grid
 from timm_apvit.layers import ZeroConv, ZeroLinear, conv_norm_act, keep_scale
+from timm_apvit.transforms import inward_clamp
 
 # The map is raised to this power before its moments are taken: attention has a floor that would pull them to the middle
 # of the image.
@@ -26,6 +27,8 @@ MARGIN = 2.5
 STEP = 2.5
 # Its window may then be shifted by so many of its half-extents, and grow or shrink by so much.
 MAX_SHIFT, MAX_ZOOM = 0.5, 2.0
+# So no window closes in by more than this.
+LARGEST_FOCUS = STEP * MAX_ZOOM
 # From this half-extent on a window counts as the whole image.
 WHOLE = 0.9
 
@@ -66,7 +69,8 @@ class FocusNetwork(nn.Module):
         super().__init__()
         factory: dict[str, Any] = {'device': device, 'dtype': dtype}
         self.width, self.points = width, points
-        self.step, self.bounds = STEP, [MAX_SHIFT, MAX_SHIFT, math.log(MAX_ZOOM)]  # TorchScript knows no globals
+        # TorchScript knows no globals.
+        self.step, self.max_shift, self.max_log_zoom = STEP, MAX_SHIFT, math.log(MAX_ZOOM)
         # Whether the adjustment has a lesson of its own, and is then spared the noisier one through the sampling. The
         # training sets it.
         self.taught = False
@@ -97,12 +101,13 @@ class FocusNetwork(nn.Module):
         Args:
             features: ``(B, D, h, w)``.
             context: of the whole image, ``(B, 1, D)``.
-            max_focus: above 1; no half-extent is below ``1 / max_focus``.
+            max_focus: above 1 and at most `LARGEST_FOCUS`; no half-extent is below ``1 / max_focus``.
         """
         hidden = features + context.transpose(1, 2).unsqueeze(-1)
         saliency = self.saliency(hidden).squeeze(1).float()  # (B, h, w)
-        share = torch.softmax(saliency.flatten(1), dim=1).unsqueeze(2)
-        summary = (hidden.flatten(2).float() @ share).squeeze(2)  # (B, D)
+        share = torch.softmax(saliency.flatten(1), dim=1).unsqueeze(1)
+        # Products and sums rather than a matrix product, which autocast would round.
+        summary = (hidden.flatten(2).float() * share).sum(dim=2)  # (B, D)
 
         rough = saliency_window(saliency, min(max_focus, self.step))
         local = sample_grid((self.points, self.points), features.device)
@@ -111,7 +116,7 @@ class FocusNetwork(nn.Module):
         seen = F.grid_sample(features.float(), grid, padding_mode='zeros', align_corners=False)
         seen = self.reduce(seen.flatten(2).transpose(1, 2).to(features.dtype)).flatten(1)
         adjustment = torch.tanh(self.adjust(torch.cat([seen, context.squeeze(1)], dim=1)).float())
-        adjustment = adjustment * torch.tensor(self.bounds, device=features.device)
+        adjustment = torch.cat([adjustment[:, :2] * self.max_shift, adjustment[:, 2:] * self.max_log_zoom], dim=1)
         window = adjusted_window(rough, adjustment, max_focus)
         return Focus(saliency, summary, rough, adjustment, window.detach() if self.taught else window)
 
@@ -153,9 +158,11 @@ def adjusted_window(rough: Tensor, adjustment: Tensor, max_focus: float, whole: 
 
 def window_inside(window: Tensor, max_focus: float) -> Tensor:
     """Put windows ``(B, 3)`` wholly inside the image, none smaller than ``1 / max_focus``."""
-    extent = window[:, 2:].clamp(min=1 / max_focus, max=1.0)
-    room = 1 - extent
-    return torch.cat([torch.minimum(torch.maximum(window[:, :2], -room), room), extent], dim=1)
+    extent = window[:, 2:]
+    least = torch.full_like(extent, 1 / max_focus)
+    extent = inward_clamp(extent, least, torch.ones_like(extent))
+    room = (1 - extent).expand(-1, 2)
+    return torch.cat([inward_clamp(window[:, :2], -room, room), extent], dim=1)
 
 
 def _moments(share: Tensor) -> tuple[Tensor, Tensor]:

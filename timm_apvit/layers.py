@@ -1,4 +1,4 @@
-"""Layers of the localisation network."""
+"""Layers of what a ViT does not have."""
 
 from typing import Any
 

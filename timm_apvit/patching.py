@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from timm_apvit.coords import NumPatches, anchors, check_number, check_patch_size, resolve_layout, sample_grid
-from timm_apvit.focus import FocusNetwork
+from timm_apvit.focus import LARGEST_FOCUS, FocusNetwork
 from timm_apvit.localizer import Localizer
 from timm_apvit.sampling import sample_patches
 from timm_apvit.transforms import PatchGeometry, PatchTransform, footprint, patch_points
@@ -32,7 +32,8 @@ class AdaptivePatching(nn.Module):
         max_rotation: in degrees.
         max_shear: x displacement per unit of y.
         max_focus: largest factor by which the anchors as a whole close in on what matters in the image
-            (`timm_apvit.focus`); 1: they tile the image.
+            (`timm_apvit.focus`), at most 5; 1: they tile the image. It has lessons of its own, and learns nothing
+            without them (`timm_apvit.finetuning.guidance`).
         device: of the parameters.
         dtype: of the parameters.
 
@@ -65,7 +66,7 @@ class AdaptivePatching(nn.Module):
         self.patch_size = check_patch_size(patch_size)
         self.in_chans = in_chans
         self.jitter = check_number('jitter', jitter, 0)
-        self.max_focus = check_number('max_focus', max_focus, 1)
+        self.max_focus = check_number('max_focus', max_focus, 1, LARGEST_FOCUS)
         # Share of the images that are seen whole, without focus, in train mode: only there can attention say what
         # matters in all of an image. The training sets it.
         self.whole_share = 0.0

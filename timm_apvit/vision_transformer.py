@@ -50,7 +50,8 @@ class APViT(VisionTransformer):  # type: ignore[misc]
         max_rotation: in degrees.
         max_shear: x displacement per unit of y.
         max_focus: largest factor by which the anchors as a whole close in on what matters in the image; 1: they tile
-            the image. What matters is learnt from labels and attention, by the fine-tuning command.
+            the image; at most 5. What matters is learnt from labels and attention by the fine-tuning command, and by no
+            other training: to PyTorch's DistributedDataParallel these parameters are unused.
         kwargs: those of timm's ``VisionTransformer``.
 
     Raises:

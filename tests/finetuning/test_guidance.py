@@ -8,10 +8,12 @@ from timm.models.vision_transformer import ParallelScalingBlock
 from tiny import a_batch, tiny_learner, tiny_model, weights_of
 
 from timm_apvit.__main__ import main
-from timm_apvit.finetuning.distillation import attention_on_grid, observed
+from timm_apvit.finetuning.distillation import Answer, attention_on_grid, observed
 from timm_apvit.finetuning.guidance import (
+    ADJUSTMENT_WEIGHT,
     FOCUS_BEGINS,
     FOCUS_COMPLETE,
+    REACH,
     ROOM,
     Guide,
     adjustment_loss,
@@ -19,10 +21,11 @@ from timm_apvit.finetuning.guidance import (
     max_focus_at,
     saliency_loss,
 )
+from timm_apvit.finetuning.optimization import clipped_together
 from timm_apvit.finetuning.options import Options
 from timm_apvit.finetuning.soundness import check_focus
 from timm_apvit.finetuning.training import best_row
-from timm_apvit.focus import Focus
+from timm_apvit.focus import MAX_SHIFT, MAX_ZOOM, Focus
 from timm_apvit.patching import AdaptivePatching
 
 WHOLE, CLOSE = [0.0, 0.0, 1.0], [0.0, 0.0, 0.4]
@@ -51,41 +54,43 @@ def test_attention_lies_on_the_cells_of_its_patches():
 
 def test_saliency_loss_is_the_divergence_over_images_seen_whole():
     attention = torch.softmax(torch.randn(2, 16), dim=1)
-    focus = focus_of(attention.log().view(2, 4, 4))
-    geometry = whole_grid()._replace(window=torch.tensor([WHOLE, CLOSE]))
-    assert saliency_loss(focus, geometry, attention).abs() < 1e-5
+    focus, geometry = focus_of(attention.log().view(2, 4, 4)), whole_grid()
+    first = torch.tensor([True, False])
+    assert saliency_loss(focus, geometry, attention, first).abs() < 1e-5
     # The second image was not seen whole, and counts for nothing.
-    assert saliency_loss(focus, geometry, torch.stack([attention[0], attention[0]])).abs() < 1e-5
+    assert saliency_loss(focus, geometry, torch.stack([attention[0], attention[0]]), first).abs() < 1e-5
     entropy = -(attention[0] * attention[0].log()).sum()
     expected = (torch.tensor(16.0).log() - entropy).item()
-    assert saliency_loss(focus_of(), geometry, attention) == pytest.approx(expected, abs=1e-5)
-    none_whole = geometry._replace(window=torch.tensor([CLOSE, CLOSE]))
-    assert saliency_loss(focus, none_whole, attention) == 0
+    assert saliency_loss(focus_of(), geometry, attention, first) == pytest.approx(expected, abs=1e-5)
+    assert saliency_loss(focus_of(), geometry, attention, ~first | first) > 0
+    assert saliency_loss(focus_of(), geometry, attention, first & ~first) == 0
 
 
 def test_attended_window_is_the_spread_of_attention_in_the_image():
     geometry = whole_grid(8)
-    # Even attention to the 2 x 4 cells at rows 2-3 and columns 4-7: centre (0.5, -0.25), half-extents 0.5 and 0.25.
+    # Even attention to the cells at row 2, columns 4 and 5: centre (0.25, -0.375), half-extents 0.25 and 0.125.
     even = torch.zeros(8, 8)
-    even[2:4, 4:8] = 1 / 8
+    even[2, 4:6] = 1 / 2
     window = attended_window(geometry, even.flatten().expand(2, -1), max_focus=5.0)
-    assert torch.allclose(window[:, :2], torch.tensor([0.5, -0.25]), atol=1e-6)
-    assert torch.allclose(window[:, 2], torch.tensor(ROOM * ((0.25 + 0.0625) / 2) ** 0.5), atol=1e-6)
+    assert torch.allclose(window[:, :2], torch.tensor([0.25, -0.375]), atol=1e-6)
+    assert torch.allclose(window[:, 2], torch.tensor(ROOM * ((0.25**2 + 0.125**2) / 2) ** 0.5), atol=1e-6)
     everywhere = attended_window(geometry, torch.full((2, 64), 1 / 64), max_focus=5.0)
     assert torch.allclose(everywhere, torch.tensor(WHOLE), atol=1e-6)
 
 
-def test_adjustment_loss_is_zero_where_the_window_has_what_is_attended_to():
-    geometry = whole_grid(8)
-    attention = torch.nn.functional.one_hot(torch.tensor([27, 27]), 64).float()  # row 3, column 3
-    aim = attended_window(geometry, attention, 5.0)[0]
-    shift = ((aim[:2]) / 0.4).tolist()
-    perfect = (*shift, math.log(aim[2] / 0.4))
-    assert adjustment_loss(focus_of(adjustment=perfect), geometry, attention, 5.0) == pytest.approx(0, abs=1e-6)
-    assert adjustment_loss(focus_of(), geometry, attention, 5.0) > 0.1
-    # Neither the whole image nor a window that has nothing of it can be adjusted to it.
-    assert adjustment_loss(focus_of(rough=WHOLE), geometry, attention, 5.0) == 0
-    assert adjustment_loss(focus_of(rough=[0.7, 0.7, 0.3]), geometry, attention, 5.0) == 0
+def test_adjustment_loss_is_zero_at_the_aim_or_as_near_to_it_as_an_adjustment_gets():
+    seen = torch.tensor([False, False])
+    aim = torch.tensor([[0.1, -0.06, 0.3]] * 2)
+    perfect = (0.25, -0.15, math.log(0.75))
+    assert adjustment_loss(focus_of(adjustment=perfect), aim, seen) == pytest.approx(0, abs=1e-6)
+    assert adjustment_loss(focus_of(), aim, seen) > 0.1
+    far = torch.tensor([[0.3, 0.0, 0.1]] * 2)  # 0.75 half-extents away, and four times as small
+    nearest = (REACH * MAX_SHIFT, 0.0, -REACH * math.log(MAX_ZOOM))
+    assert adjustment_loss(focus_of(adjustment=nearest), far, seen) == pytest.approx(0, abs=1e-6)
+    # Nothing is learnt where the image was seen whole, is not adjusted, or the aim is not in the window.
+    assert adjustment_loss(focus_of(), aim, ~seen) == 0
+    assert adjustment_loss(focus_of(rough=WHOLE), aim, seen) == 0
+    assert adjustment_loss(focus_of(rough=[0.7, 0.7, 0.3]), aim, seen) == 0
 
 
 def test_rejects_a_model_without_focus():
@@ -111,30 +116,44 @@ def test_each_lesson_teaches_the_localisation_network_and_not_the_backbone():
     torch.nn.init.normal_(guide.classifier.weight)
     images, labels = a_batch()
     answer = observed(model, images, attention=True)
-    seen = (answer.focus, answer.geometry, answer.attention)
+    attention, all_of_them = answer.attention, torch.ones(8, dtype=torch.bool)
+    aim = torch.tensor([[0.1, 0.1, 0.6]] * 8)
     lessons = {
-        'labels': (torch.nn.functional.cross_entropy(guide.classifier(answer.focus.summary), labels), 'saliency'),
-        'map': (saliency_loss(answer.focus, answer.geometry._replace(window=torch.ones(8, 3)), answer.attention),
-                'saliency'),
-        'adjustment': (adjustment_loss(*seen, 2.0), 'adjust'),
-    }  # fmt: skip
-    for loss, layer in lessons.values():
-        gradients = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True, retain_graph=True)
-        reached = {
-            name for (name, _), gradient in zip(model.named_parameters(), gradients, strict=True)
-            if gradient is not None and gradient.abs().max() > 0
-        }  # fmt: skip
-        assert all(
-            name.startswith(('patch_embed.patching.localizer.', 'patch_embed.patching.focus.')) for name in reached
-        )
-        assert f'patch_embed.patching.focus.{layer}.0.weight' in {
-            n.replace('saliency.0.0', 'saliency.0') for n in reached
-        }
-        assert 'patch_embed.patching.localizer.stem.0.0.weight' in reached
-    assert guide(answer, labels).item() == pytest.approx(
-        sum(w * lessons[n][0].item() for n, w in (('labels', 1), ('adjustment', 3)))
-        + saliency_loss(*seen).item(), rel=1e-5,
-    )  # fmt: skip
+        'saliency.1': [
+            torch.nn.functional.cross_entropy(guide.classifier(answer.focus.summary), labels),
+            saliency_loss(answer.focus, answer.geometry, attention, all_of_them),
+        ],
+        'adjust.4': [adjustment_loss(answer.focus._replace(rough=aim * 0.9), aim, ~all_of_them)],
+    }
+    for layer, losses in lessons.items():
+        for loss in losses:
+            gradients = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True, retain_graph=True)
+            named = zip(model.named_parameters(), gradients, strict=True)
+            reached = {name for (name, _), gradient in named if gradient is not None and gradient.abs().max() > 0}
+            assert all(
+                name.startswith(('patch_embed.patching.localizer.', 'patch_embed.patching.focus.')) for name in reached
+            )
+            assert f'patch_embed.patching.focus.{layer}.weight' in reached
+            assert 'patch_embed.patching.localizer.stem.0.0.weight' in reached
+
+
+def test_loss_is_that_of_the_labels_and_weighted_that_of_attention():
+    model = tiny_model(max_focus=2.0, num_patches=16)
+    torch.nn.init.normal_(model.patch_embed.patching.focus.saliency[1].weight, std=50.0)
+    images, labels = a_batch()
+    answer = observed(model, images, attention=True)
+    whole = answer.geometry.window[:, 2] >= 0.9
+    assert not whole.any()
+    aim = attended_window(answer.geometry, answer.attention, 2.0)
+    taught = saliency_loss(answer.focus, answer.geometry, answer.attention, whole)
+    taught += ADJUSTMENT_WEIGHT * adjustment_loss(answer.focus, aim, whole)
+    assert taught > 0.01
+    loss = Guide(64, 10, 2.0, 0.5)(answer, labels)
+    assert loss.item() == pytest.approx(math.log(10) + 0.5 * taught.item(), rel=1e-5)
+    # Attention to fewer patches says nothing of sizes.
+    model.set_num_patches(15)
+    few = Guide(64, 10, 2.0, 0.5)(observed(model, images, attention=True), labels)
+    assert few.item() == pytest.approx(math.log(10), rel=1e-5)
 
 
 def test_labels_teach_alone_where_attention_is_not_asked():
@@ -149,36 +168,31 @@ def test_labels_teach_alone_where_attention_is_not_asked():
     assert tiny_learner(model).model.patch_embed.patching.focus.taught
 
 
-def test_labels_alone_find_what_tells_the_class():
-    torch.manual_seed(0)
-    patching = AdaptivePatching(8, (4, 4), max_focus=3.0)
-    guide = Guide(patching.focus.width, 2, 3.0, 0.0)
-    optimizer = torch.optim.AdamW([*patching.parameters(), *guide.parameters()], lr=3e-3)
+def test_labels_draw_the_map_to_what_tells_the_class():
+    focus = AdaptivePatching(8, 4, max_focus=3.0).focus
+    features = torch.zeros(2, 64, 16, 16)
+    features[0, 0, 3, 5] = features[1, 0, 9, 2] = 1.0  # what speaks for class 1
+    features[0, 0, 8, 8] = features[1, 0, 8, 8] = -1.0  # and against it
+    found = focus(features, torch.zeros(2, 1, 64), 3.0)
+    guide = Guide(64, 2, 3.0, 0.0)
+    with torch.no_grad():
+        guide.classifier.weight[:, 0] = torch.tensor([-1.0, 1.0])
+    found.saliency.retain_grad()
+    answer = Answer(torch.zeros(2, 2), torch.zeros(2, 2), whole_grid(), None, found)
+    guide(answer, torch.tensor([1, 1])).backward()
+    descent = -found.saliency.grad.flatten(1)
+    assert descent.argmax(dim=1).tolist() == [3 * 16 + 5, 9 * 16 + 2]
+    assert descent.argmin(dim=1).tolist() == [8 * 16 + 8] * 2
 
-    def bars(number: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Upright and lying bars, the classes, among dots."""
-        label, place = torch.randint(2, (number,)), torch.randint(8, (number, 2))
-        image = 0.3 * torch.randn(number, 3, 64, 64)
-        for n in range(number):
-            y, x = (8 * place[n]).tolist()
-            rows, columns = (slice(y, y + 8), slice(x + 3, x + 5))
-            image[n, :, rows, columns] = 3.0
-            if label[n]:
-                image[n, :, y : y + 8, x : x + 8] = image[n, :, y : y + 8, x : x + 8].transpose(-1, -2).clone()
-        return image, label, place
 
-    for _ in range(150):
-        image, label, _ = bars(32)
-        features, context = patching.localizer.look(image)
-        found = patching.focus(features, context, 3.0)
-        loss = torch.nn.functional.cross_entropy(guide.classifier(found.summary), label)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    image, _, place = bars(64)
-    window = patching.eval()(image)[1].window
-    centre = place.flip(1) / 4 - 0.875
-    assert ((window[:, :2] - centre).abs() <= window[:, 2:]).all(dim=1).float().mean() > 0.9
+def test_what_is_taught_is_clipped_apart_from_the_rest():
+    model = tiny_model(max_focus=2.0)
+    assert [len(each) for each in clipped_together(model, None)] == [len(list(model.parameters()))]
+    guide = Guide(64, 10, 2.0, 1.0)
+    taught, others = clipped_together(model, guide)
+    assert len(taught) + len(others) == len([*model.parameters(), *guide.parameters()])
+    assert {id(p) for p in taught} >= {id(p) for p in [*model.patch_embed.patching.parameters(), *guide.parameters()]}
+    assert {id(p) for p in others} >= {id(p) for p in model.blocks.parameters()}
 
 
 def test_an_update_sees_some_images_whole_and_closes_in():
@@ -193,7 +207,7 @@ def test_an_update_sees_some_images_whole_and_closes_in():
 def test_focused_run_resumes_to_the_result_of_the_unbroken_one(tmp_path, monkeypatch):
     options = (
         '--model test_apvit --img-size 32 --num-patches 4 --samples 16 --test-samples 8 --batch-size 8 --epochs 3 '
-        '--max-focus 2 --device cpu --no-twin --model-kwargs depth=2'
+        '--max-focus 2 --guide-weight 1 --whole-share 0.3 --device cpu --no-twin --model-kwargs depth=2'
     )
     assert main(['finetune', *options.split(), '--output', str(tmp_path / 'unbroken')]) == 0
     from timm_apvit.finetuning import training
@@ -216,14 +230,15 @@ def test_focused_run_resumes_to_the_result_of_the_unbroken_one(tmp_path, monkeyp
 
 
 def test_rejects_models_and_options_that_cannot_focus():
-    check_focus(tiny_model(max_focus=2.0), Options(max_focus=2.0, whole_share=0.3))
-    check_focus(tiny_model(), Options())
+    check_focus(tiny_model(max_focus=2.0), Options(max_focus=2.0, whole_share=0.3), 1.0)
+    check_focus(tiny_model(), Options(), 1.0)
     with pytest.raises(ValueError, match='expected --max-focus above 1 with --whole-share, got none'):
-        check_focus(tiny_model(), Options(whole_share=0.3))
+        check_focus(tiny_model(), Options(whole_share=0.3), 0.0)
     with pytest.raises(ValueError, match='expected patch_drop_rate=0 with --max-focus'):
-        check_focus(tiny_model(max_focus=2.0, patch_drop_rate=0.5), Options())
+        check_focus(tiny_model(max_focus=2.0, patch_drop_rate=0.5), Options(), 1.0)
     with pytest.raises(ValueError, match='ordinary attention at its end'):
-        check_focus(tiny_model(max_focus=2.0, block_fn=ParallelScalingBlock), Options())
+        check_focus(tiny_model(max_focus=2.0, block_fn=ParallelScalingBlock), Options(), 1.0)
+    check_focus(tiny_model(max_focus=2.0, block_fn=ParallelScalingBlock), Options(), 0.0)
 
 
 def test_best_is_chosen_among_epochs_of_full_focus():

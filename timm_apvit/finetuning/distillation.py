@@ -165,7 +165,7 @@ def check_attends(model: nn.Module) -> None:
     if not attends:
         raise ValueError(
             "expected one of timm's VisionTransformers with ordinary attention at its end for --attention-weight "
-            f'and --max-focus, got a {type(model).__name__} without; leave them out'
+            f'and --guide-weight, got a {type(model).__name__} without; leave the first out, and set the second to 0'
         )
 
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from timm_apvit.finetuning.distillation import Answer, attention_on_grid
 from timm_apvit.finetuning.distributed import sum_over_processes, world_size
-from timm_apvit.focus import WHOLE, Focus
+from timm_apvit.focus import MAX_SHIFT, MAX_ZOOM, WHOLE, Focus, window_inside
 from timm_apvit.layers import ZeroLinear
 from timm_apvit.transforms import PatchGeometry
 
@@ -35,6 +35,10 @@ SHARPNESS = 2
 ROOM = 2.3
 # Of the adjustment's loss beside the others.
 ADJUSTMENT_WEIGHT = 3.0
+# With fewer patches attention says nothing of how large something is.
+FEWEST_PATCHES = 16
+# Of the bounds of the adjustment: a target at a bound would drive its tanh to infinity.
+REACH = 0.95
 
 
 def max_focus_at(progress: float, max_focus: float) -> float:
@@ -74,17 +78,22 @@ class Guide(nn.Module):
         Raises:
             ValueError: the answer says nothing of focus, or of attention that is to teach.
         """
-        focus, geometry, attention = answer.focus, answer.geometry, answer.attention
-        if focus is None or geometry is None:
+        focus, geometry = answer.focus, answer.geometry
+        if focus is None or geometry is None or geometry.window is None:
             raise ValueError('expected the answer of a model with max_focus above 1, got one without focus')
-        loss = F.cross_entropy(self.classifier(focus.summary).float(), labels)
-        if self.attention_weight == 0:
-            return loss
-        if attention is None:
-            raise ValueError('expected an answer with attention, which is to teach, got none')
-        taught = saliency_loss(focus, geometry, attention)
-        taught = taught + ADJUSTMENT_WEIGHT * adjustment_loss(focus, geometry, attention, self.max_focus)
-        return loss + self.attention_weight * taught
+        # Autocast would round what patches cover, and with it the targets.
+        with torch.autocast(labels.device.type, enabled=False):
+            loss = F.cross_entropy(self.classifier(focus.summary.float()), labels)
+            if self.attention_weight == 0:
+                return loss
+            if answer.attention is None:
+                raise ValueError('expected an answer with attention, which is to teach, got none')
+            whole = geometry.window[:, 2] >= WHOLE
+            taught = saliency_loss(focus, geometry, answer.attention, whole)
+            if answer.attention.shape[1] >= FEWEST_PATCHES:
+                aim = attended_window(geometry, answer.attention, self.max_focus)
+                taught = taught + ADJUSTMENT_WEIGHT * adjustment_loss(focus, aim, whole)
+            return loss + self.attention_weight * taught
 
     def average_gradients(self) -> None:
         """Average the gradients over the processes, which all hold the same classifier."""
@@ -93,42 +102,37 @@ class Guide(nn.Module):
                 parameter.grad = sum_over_processes(parameter.grad) / world_size()
 
 
-def saliency_loss(focus: Focus, geometry: PatchGeometry, attention: Tensor) -> Tensor:
-    """Divergence of the saliency map from the attention ``(B, N)``, the mean over the images that were seen whole."""
+def saliency_loss(focus: Focus, geometry: PatchGeometry, attention: Tensor, whole: Tensor) -> Tensor:
+    """Divergence of the saliency map from the attention ``(B, N)``, the mean over the images seen whole, ``(B,)``."""
     saliency = focus.saliency
     with torch.no_grad():
         target = attention_on_grid(geometry, attention, (saliency.shape[1], saliency.shape[2]))
-        whole = (_window(geometry)[:, 2] >= WHOLE).float()
     divergence = F.kl_div(saliency.flatten(1).log_softmax(dim=1), target, reduction='none').sum(dim=1)
     return (whole * divergence).sum() / whole.sum().clamp(min=1)
 
 
-def adjustment_loss(focus: Focus, geometry: PatchGeometry, attention: Tensor, max_focus: float) -> Tensor:
-    """How far the adjustment is from where the attention ``(B, N)`` lies: smooth L1, a mean over the batch.
+def adjustment_loss(focus: Focus, aim: Tensor, whole: Tensor) -> Tensor:
+    """How far the adjustment is from windows that are aimed at, ``(B, 3)``: smooth L1, a mean over the batch.
 
-    Images whose first window is the whole image count for nothing, and neither do those whose attention lies beyond
-    that window, where no adjustment gets.
+    Images seen whole ``(B,)`` count for nothing, as there attention is coarse, and neither do those whose first window
+    is the whole image, which is not adjusted, or does not have the middle of the aim in it.
     """
     with torch.no_grad():
-        aim = attended_window(geometry, attention, max_focus)
         shift = (aim[:, :2] - focus.rough[:, :2]) / focus.rough[:, 2:]
-        target = torch.cat([shift, torch.log(aim[:, 2:] / focus.rough[:, 2:])], dim=1)
-        counts = ((focus.rough[:, 2] < WHOLE) & (shift.abs().amax(dim=1) < 1)).float()
+        counts = ~whole & (focus.rough[:, 2] < WHOLE) & (shift.abs().amax(dim=1) < 1)
+        furthest, most = REACH * MAX_SHIFT, REACH * math.log(MAX_ZOOM)
+        log_scale = torch.log(aim[:, 2:] / focus.rough[:, 2:])
+        target = torch.cat([shift.clamp(-furthest, furthest), log_scale.clamp(-most, most)], dim=1)
     distance = F.smooth_l1_loss(focus.adjustment, target, reduction='none', beta=0.2).sum(dim=1)
     return (counts * distance).mean()
 
 
+@torch.no_grad()
 def attended_window(geometry: PatchGeometry, attention: Tensor, max_focus: float) -> Tensor:
     """Window around where the attention ``(B, N)`` lies, `ROOM` times its spread: ``(B, 3)``."""
     share = (attention**SHARPNESS / (attention**SHARPNESS).sum(dim=1, keepdim=True)).unsqueeze(-1)
     centre = (share * geometry.centres).sum(dim=1)
     # Of an even spread over a half-extent e the variance is e^2 / 3; each patch is one of its own.
     variance = (share * ((geometry.centres - centre.unsqueeze(1)) ** 2 + geometry.extents**2 / 3)).sum(dim=1)
-    extent = (ROOM * math.sqrt(3) * variance.mean(dim=1, keepdim=True).sqrt()).clamp(min=1 / max_focus, max=1.0)
-    return torch.cat([centre, extent], dim=1)
-
-
-def _window(geometry: PatchGeometry) -> Tensor:
-    if geometry.window is None:
-        raise ValueError('expected the geometry of a model with max_focus above 1, got one without a window')
-    return geometry.window
+    extent = ROOM * math.sqrt(3) * variance.mean(dim=1, keepdim=True).sqrt()
+    return window_inside(torch.cat([centre, extent], dim=1), max_focus)

@@ -18,7 +18,13 @@ from timm_apvit.finetuning.distributed import distribute, sum_over_processes, wo
 from timm_apvit.finetuning.evaluation import autocast
 from timm_apvit.finetuning.guidance import Guide, max_focus_at
 from timm_apvit.finetuning.mixing import Mixer
-from timm_apvit.finetuning.optimization import create_optimizer, create_scheduler, freeze, learning_rate
+from timm_apvit.finetuning.optimization import (
+    clipped_together,
+    create_optimizer,
+    create_scheduler,
+    freeze,
+    learning_rate,
+)
 from timm_apvit.finetuning.parsing import count
 from timm_apvit.finetuning.schedule import Schedule
 from timm_apvit.vision_transformer import APViT
@@ -81,7 +87,9 @@ class Learner:
         if focus is not None:
             focus.taught = schedule.guide_weight > 0
             self.guide = Guide(focus.width, num_classes, self.max_focus, schedule.guide_weight).to(self.device)
+        self.attends = self.guide is not None and self.guide.attention_weight > 0
         self.optimizer = create_optimizer(model, schedule, self.guide)
+        self.clipped = clipped_together(model, self.guide)
         self.scheduler = create_scheduler(self.optimizer, schedule, updates_per_epoch)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=schedule.amp == 'float16')
         self.mixer = Mixer(schedule, num_classes)
@@ -94,7 +102,7 @@ class Learner:
         if schedule.compile:
             blocks = getattr(model, 'blocks')  # noqa: B009  of every ViT
             # What the last block attends to is read from inside it.
-            for block in blocks if self.guide is None else blocks[:-1]:
+            for block in blocks[:-1] if self.attends else blocks:
                 # All share one compiled code, which knows nothing of budgets and hooks.
                 block.compile()
         self.network: nn.Module | None = None
@@ -181,7 +189,8 @@ class Learner:
         if self.guide is not None:
             self.guide.average_gradients()
         self.scaler.unscale_(self.optimizer)
-        nn.utils.clip_grad_norm_(self.model.parameters(), CLIP_GRAD_NORM)
+        for parameters in self.clipped:
+            nn.utils.clip_grad_norm_(parameters, CLIP_GRAD_NORM)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         if self.ema is not None:
@@ -199,8 +208,7 @@ class Learner:
                 lesson = distillation.teacher(images, wants_attention)
             if lesson is None and self.guide is None:
                 return self._label_loss((self.network or self.model)(images), labels)
-            attends = self.guide is not None and self.guide.attention_weight > 0
-            answer = observed(self.model, images, self.network, attention=attends)
+            answer = observed(self.model, images, self.network, attention=self.attends)
             loss = self._label_loss(answer.logits, labels)
             if distillation is not None and lesson is not None:
                 loss = distilled_loss(loss, answer, lesson, distillation.weights)

@@ -105,7 +105,7 @@ def prepare(given: dict[str, Any]) -> Run:
     start = start_model(options, len(splits.label_names))
     if options.crop_pct is not None:
         start.model.pretrained_cfg['crop_pct'] = options.crop_pct  # which those who load the model crop by
-    check_focus(start.model, options)
+    check_focus(start.model, options, schedule.guide_weight)
     _check_states(states, splits)
     distillation = create_distillation(options, start, data_config)
     twin = create_twin(start.model, **options.model_kwargs) if options.twin else None

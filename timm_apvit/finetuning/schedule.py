@@ -30,7 +30,7 @@ class Schedule(NamedTuple):
         freeze_localizer_epochs: first epochs in which what a ViT does not have does not learn.
         jitter: of the model in the first update; None: the model's own.
         jitter_epochs: over which ``jitter`` falls to 0; None: it stays.
-        guide_weight: of the saliency map's loss against attention, for a model with focus.
+        guide_weight: of what attention teaches a model with focus, beside the labels.
         whole_share: of the images that such a model sees whole while training.
         amp: ``'bfloat16'``, ``'float16'``, or None for float32.
         grad_accum: pieces in which a process computes its part of a batch.

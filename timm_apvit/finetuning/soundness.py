@@ -32,15 +32,18 @@ def check_options(options: Options) -> None:
         raise ValueError('expected --mixup or --cutmix with --mixup-prob, got neither')
 
 
-def check_focus(model: APViT, options: Options) -> None:
+def check_focus(model: APViT, options: Options, guide_weight: float) -> None:
     """Raise ValueError if a model cannot learn to focus as the options ask for."""
     if model.patch_embed.patching.max_focus > 1:
-        if options.guide_weight != 0:
-            check_attends(model)
         if options.freeze_localizer_epochs:
             raise ValueError('expected no --freeze-localizer-epochs with --max-focus, which closes in meanwhile')
-        if getattr(model.patch_drop, 'prob', 0) > 0:
-            raise ValueError('expected patch_drop_rate=0 with --max-focus: attention to dropped patches is not known')
+        if guide_weight > 0:
+            check_attends(model)
+            if getattr(model.patch_drop, 'prob', 0) > 0:
+                raise ValueError(
+                    'expected patch_drop_rate=0 with --max-focus and a --guide-weight above 0: attention to dropped '
+                    'patches is not known'
+                )
         return
     for name in ('guide_weight', 'whole_share'):
         if getattr(options, name) is not None:
