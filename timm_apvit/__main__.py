@@ -9,6 +9,7 @@ from timm_apvit import __version__
 from timm_apvit.finetuning.command import finetune
 from timm_apvit.finetuning.evaluate import add_evaluate_arguments, evaluate_command
 from timm_apvit.finetuning.options import add_arguments
+from timm_apvit.show import add_show_arguments, show_command
 
 
 class _Parser(argparse.ArgumentParser):
@@ -31,6 +32,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command = commands.add_parser('evaluate', help=help_text, description=help_text[0].upper() + help_text[1:] + '.')
     add_evaluate_arguments(command)
     command.set_defaults(run=evaluate_command)
+    help_text = 'draw where a model looks in images, and what its patches hold'
+    command = commands.add_parser('show', help=help_text, description=help_text[0].upper() + help_text[1:] + '.')
+    add_show_arguments(command)
+    command.set_defaults(run=show_command)
     given = vars(parser.parse_args(arguments))
     run = given.pop('run')
     return int(run(given))

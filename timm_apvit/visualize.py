@@ -1,78 +1,274 @@
-"""Pictures of where patches lie."""
+"""Pictures of what a model looks at: where its patches lie, what they hold, and how attention falls on them.
 
+`plot_patches` draws any images, whatever their sizes; `compare` draws them at several numbers of patches, and `animate`
+makes a GIF of that. What each image is drawn as is a choice of panels.
+"""
+
+import io
+import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from itertools import chain
+from typing import TYPE_CHECKING, Any
 
-import torch
+import numpy as np
 from torch import Tensor
 
-from timm_apvit.transforms import PatchGeometry
+from timm_apvit.coords import NumPatches
+from timm_apvit.images import read_image
+from timm_apvit.views import PatchView, view_patches
+from timm_apvit.vision_transformer import APViT
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# Okabe and Ito's palette, which stays apart for colour-blind readers, without its black.
-PALETTE = ('#E69F00', '#56B4E9', '#009E73', '#F0E442', '#0072B2', '#D55E00', '#CC79A7')
+    from timm_apvit.images import AnyImage
+
+PANELS = {
+    'image': 'the image',
+    'fixed': 'fixed grid',
+    'adaptive': 'adaptive patches',
+    'outlines': 'where they lie',
+    'sheet': 'as the network sees them',
+    'coverage': 'patches that see a place',
+}
+CLASSIC = ('image', 'fixed', 'adaptive', 'outlines')
+COLOURED_BY = ('order', 'attention')
+WIDTHS = {1: 7.0, 2: 4.5, 3: 3.2}  # of a panel in inches, by how many are side by side
+NARROW = 2.6
 
 
 def plot_patches(
-    images: Tensor,
-    geometry: PatchGeometry,
+    model: APViT,
+    images: 'AnyImage | Sequence[AnyImage]',
+    num_patches: NumPatches | None = None,
+    *,
+    panels: Sequence[str] = CLASSIC,
+    color_by: str = 'order',
     titles: Sequence[str] | None = None,
-    pairs_per_row: int = 2,
+    images_per_row: int = 1,
 ) -> 'Figure':
-    """Draw images and patches: ``(B, C, H, W)`` -> B pairs, an image, and it with each patch's outline and centre.
+    """Draw what a model sees of one image or several, of any sizes: a row of panels each.
+
+    The panels are ``image``; ``fixed``, a fixed grid's patches; ``adaptive``, the adaptive patches reassembled, framed
+    in the colours of their outlines; ``outlines``, where these lie in the image, with a dashed frame around where the
+    anchors were put if the model focuses; ``sheet``, the patches apart, as the network sees them; ``coverage``, how
+    many patches see each place. A patch's outline is where it is sampled: turned, sheared or curved as it is.
 
     Convention:
         As on the screen: x points right and y points down, in pixels; (0, 0) is the image's top-left corner.
 
     Args:
-        images: with values in [0, 1], of 1 or 3 channels.
-        geometry: of these images.
+        model: in any mode; it is run in eval mode, and left as it was.
+        images: each a path, an image of Pillow, an array ``(H, W, 3)`` of bytes or a tensor ``(C, H, W)`` in [0, 1],
+            before it is normalised; see `timm_apvit.images.read_image`. A tensor ``(B, C, H, W)`` is B images.
+        num_patches: N or ``(gh, gw)``; None: those of the model.
+        panels: of each image, from left to right.
+        color_by: ``'order'``, so that neighbours differ, or ``'attention'``, that a patch receives from the class
+            token or, where the classifier does not take that, from the mean patch.
         titles: one for each image.
-        pairs_per_row: pairs side by side.
+        images_per_row: side by side.
+
+    Returns:
+        A figure, which a notebook shows and ``savefig`` writes.
 
     Raises:
-        ModuleNotFoundError: matplotlib is not installed.
-        ValueError: the shapes do not fit one another.
+        ModuleNotFoundError: matplotlib, or for files Pillow, is not installed.
+        FileNotFoundError: there is no such image.
+        ValueError: an argument that is none of these.
     """
-    if images.dim() != 4 or images.shape[1] not in (1, 3) or len(images) < 1:
-        raise ValueError(f'expected images of shape (B, 1 or 3, H, W), got {list(images.shape)}')
-    if len(geometry.centres) != len(images):
-        raise ValueError(f'expected the geometry of {len(images)} images, got that of {len(geometry.centres)}')
-    if titles is not None and len(titles) != len(images):
-        raise ValueError(f'expected {len(images)} titles, got {len(titles)}')
-    try:
-        from matplotlib.collections import LineCollection
-        from matplotlib.figure import Figure
-        from matplotlib.patheffects import withStroke
-    except ModuleNotFoundError:
-        raise ModuleNotFoundError("pictures need matplotlib: pip install 'timm-apvit[finetune]'") from None
+    _check_choices(panels, color_by)
+    read = read_images(model, images)
+    names = [''] * len(read) if titles is None else list(titles)
+    if len(names) != len(read):
+        raise ValueError(f'expected {len(read)} titles, got {len(names)}')
+    if images_per_row < 1:
+        raise ValueError(f'expected images_per_row >= 1, got {images_per_row}')
+    views = [view_patches(model, image, num_patches, color_by == 'attention') for image in read]
+    groups = [
+        [(view, panel, _title(name if n == 0 else '', panel, view, panels)) for n, panel in enumerate(panels)]
+        for view, name in zip(views, names, strict=True)
+    ]
+    return _figure([list(chain(*groups[n : n + images_per_row])) for n in range(0, len(groups), images_per_row)])
 
-    height, width = images.shape[-2:]
-    # From [-1, 1] over pixel edges to pixels.
-    size = torch.tensor([width, height]).double()
-    outlines, centres = (
-        (points.detach().double().cpu() + 1) / 2 * size for points in (geometry.outlines(), geometry.centres)
+
+def compare(
+    model: APViT,
+    images: 'AnyImage | Sequence[AnyImage]',
+    num_patches: Sequence[NumPatches] | None = None,
+    *,
+    panels: Sequence[str] = ('outlines', 'adaptive'),
+    color_by: str = 'order',
+    titles: Sequence[str] | None = None,
+) -> 'Figure':
+    """Draw what a model sees of images at several numbers of patches: a column each, a row for each image and panel.
+
+    Args:
+        model: as in `plot_patches`.
+        images: as in `plot_patches`.
+        num_patches: of each column; None: a sixteenth, a quarter, half and all of the model's own.
+        panels: as in `plot_patches`, from top to bottom.
+        color_by: as in `plot_patches`.
+        titles: one for each image.
+
+    Raises:
+        ModuleNotFoundError, FileNotFoundError, ValueError: as `plot_patches`.
+    """
+    _check_choices(panels, color_by)
+    read = read_images(model, images)
+    names = [''] * len(read) if titles is None else list(titles)
+    if len(names) != len(read):
+        raise ValueError(f'expected {len(read)} titles, got {len(names)}')
+    budgets = default_budgets(model) if num_patches is None else list(num_patches)
+    if not budgets:
+        raise ValueError('expected one number of patches or more, got none')
+    rows = []
+    for image, name in zip(read, names, strict=True):
+        views = [view_patches(model, image, budget, color_by == 'attention') for budget in budgets]
+        for n, panel in enumerate(panels):
+            heads = [_patches(view) if n == 0 else PANELS[panel] for view in views]
+            heads[0] = '\n'.join([*(_shortened(name) if n == 0 else []), heads[0]])
+            rows.append([(view, panel, head) for view, head in zip(views, heads, strict=True)])
+    return _figure(rows)
+
+
+def animate(
+    model: APViT,
+    images: 'AnyImage | Sequence[AnyImage]',
+    num_patches: Sequence[NumPatches] | None = None,
+    *,
+    panels: Sequence[str] = ('outlines', 'adaptive'),
+    color_by: str = 'order',
+    titles: Sequence[str] | None = None,
+    seconds: float = 1.0,
+) -> bytes:
+    """Make a GIF of what a model sees of images, a frame for each of several numbers of patches.
+
+    Args:
+        model: as in `plot_patches`.
+        images: as in `plot_patches`.
+        num_patches: of each frame; None: as in `compare`.
+        panels: as in `plot_patches`.
+        color_by: as in `plot_patches`.
+        titles: one for each image.
+        seconds: that a frame stays.
+
+    Returns:
+        The file.
+
+    Raises:
+        ModuleNotFoundError, FileNotFoundError, ValueError: as `plot_patches`.
+    """
+    drawing = _drawing()
+    from PIL import Image
+
+    budgets = default_budgets(model) if num_patches is None else list(num_patches)
+    if not budgets:
+        raise ValueError('expected one number of patches or more, got none')
+    read = read_images(model, images)
+    figures = [plot_patches(model, read, n, panels=panels, color_by=color_by, titles=titles) for n in budgets]
+    frames = [Image.fromarray(drawing.rendered(figure, dpi=100)) for figure in figures]
+    file = io.BytesIO()
+    frames[0].save(
+        file, 'GIF', save_all=True, append_images=frames[1:], duration=round(1000 * seconds), loop=0, optimize=False
     )
-    colours = [PALETTE[n % len(PALETTE)] for n in range(centres.shape[1])]
-    pixels = images.detach().float().cpu().clamp(0, 1).permute(0, 2, 3, 1)
-    pairs_per_row = min(pairs_per_row, len(images))
-    rows = -(-len(images) // pairs_per_row)
-    figure = Figure(figsize=(4 * pairs_per_row, rows * (2 * height / width + 0.3)), layout='constrained')
-    axes = figure.subplots(rows, 2 * pairs_per_row, squeeze=False).reshape(-1, 2)
-    for pair in axes[len(images) :].flat:
-        pair.set_axis_off()
-    line_width = 1.2 if outlines.shape[1] <= 64 else 0.6
-    for n, pair in enumerate(axes[: len(images)]):
-        for axis in pair:
-            axis.imshow(pixels[n].numpy(), cmap='gray', vmin=0, vmax=1, extent=(0, width, height, 0))
-            axis.set(xticks=[], yticks=[], xlim=(0, width), ylim=(height, 0))
-        lines = LineCollection(list(outlines[n].numpy()), colors=colours, linewidths=line_width)
-        # A dark rim keeps every colour visible on bright ground.
-        lines.set_path_effects([withStroke(linewidth=2 * line_width, foreground='black')])
-        pair[1].add_collection(lines)
-        pair[1].scatter(*centres[n].T.numpy(), s=20 * line_width, c=colours, edgecolors='black', zorder=3)
-        if titles is not None:
-            pair[0].set_title(titles[n], fontsize=9, parse_math=False)
+    return file.getvalue()
+
+
+def default_budgets(model: APViT) -> list[NumPatches]:
+    """A sixteenth, a quarter, half and all of the patches of a model, as far as these differ."""
+    own: int = model.num_patches
+    budgets: list[NumPatches] = [n for n in dict.fromkeys((own // 16, own // 4, own // 2)) if 1 <= n < own]
+    return [*budgets, model.patch_embed.requested or own]
+
+
+def read_images(model: APViT, images: Any, longest: int | None = None) -> list[Tensor]:
+    """Read one image or several for a model: each ``(C, H, W)`` in [0, 1].
+
+    Raises:
+        FileNotFoundError, ValueError: as `timm_apvit.images.read_image`; there is no image, or the model is no APViT.
+    """
+    if not isinstance(model, APViT):
+        raise ValueError(f'expected an APViT, got a {type(model).__name__}')
+    several = isinstance(images, Sequence) and not isinstance(images, str | os.PathLike)
+    if isinstance(images, Tensor | np.ndarray) and images.ndim == 4:
+        several = True
+    read = [
+        read_image(image, model.patch_embed.patching.in_chans, longest) for image in (images if several else [images])
+    ]
+    if not read:
+        raise ValueError('expected one image or more, got none')
+    return read
+
+
+def _check_choices(panels: Sequence[str], color_by: str) -> None:
+    if isinstance(panels, str) or not panels or not set(panels) <= set(PANELS):
+        raise ValueError(f'expected panels among {", ".join(PANELS)}, got {panels!r}')
+    if color_by not in COLOURED_BY:
+        raise ValueError(f'expected color_by to be one of {", ".join(COLOURED_BY)}, got {color_by!r}')
+
+
+def _patches(view: PatchView) -> str:
+    number, rows = view.layout
+    grid = f'{rows}x{number // rows}, ' if number % rows == 0 and number > 1 else ''
+    return f'{grid}{number} patch{"es" if number > 1 else ""}'
+
+
+def _title(name: str, panel: str, view: PatchView, panels: Sequence[str]) -> str:
+    """Of the first panel the image's name; of the others what they show, and once how many patches there are."""
+    counted = next((each for each in panels if each != 'image'), None)
+    what = [] if panel == 'image' and name else [PANELS[panel]]
+    return '\n'.join([*_shortened(name), *what, *([_patches(view)] if panel == counted else [])])
+
+
+def _shortened(name: str) -> list[str]:
+    """A name that fits above a panel, in no or one line, without what no font can show."""
+    clean = ''.join(c if c.isprintable() else '?' for c in name)
+    return [clean if len(clean) <= 34 else f'{clean[:16]}…{clean[-17:]}'] if clean else []
+
+
+def _drawing() -> Any:
+    """The module that needs matplotlib."""
+    try:
+        from timm_apvit import drawing
+    except ModuleNotFoundError as error:
+        if error.name is None or not error.name.startswith('matplotlib'):
+            raise
+        raise ModuleNotFoundError("pictures need matplotlib: pip install 'timm-apvit[pictures]'") from None
+    return drawing
+
+
+def _figure(rows: list[list[tuple[PatchView, str, str]]]) -> 'Figure':
+    """Draw rows of panels, each a view, the name of its panel and a title; scales are those of all of them."""
+    drawing = _drawing()
+    cells = [cell for row in rows for cell in row]
+    columns = max(map(len, rows))
+    width = WIDTHS.get(columns, NARROW) * (
+        1.4 if columns > 1 and max(view.layout[0] for view, _, _ in cells) > 64 else 1
+    )
+    heights = [width * max(drawing.panel_aspect(view) for view, _, _ in row) + 0.35 for row in rows]
+    attentions = [view.attention for view, _, _ in cells if view.attention is not None]
+    scale = drawing.attention_scale(attentions) if attentions else None
+    most = max((drawing.coverage(view).max() for view, panel, _ in cells if panel == 'coverage'), default=0)
+    figure: Figure = drawing.Picture(
+        figsize=(width * columns + 0.8 * (bool(attentions) + bool(most)), sum(heights)), layout='constrained'
+    )
+    axes = figure.subplots(len(rows), columns, squeeze=False, gridspec_kw={'height_ratios': heights})
+    for axis in axes.flat:
+        axis.set_axis_off()
+    heat = None
+    for row, row_axes in zip(rows, axes, strict=True):
+        for axis, (view, panel, title) in zip(row_axes, row, strict=False):
+            axis.set_axis_on()
+            axis.set_title(title, fontsize=9, parse_math=False)
+            if panel == 'coverage':
+                heat = drawing.draw_coverage(axis, view, most)
+            elif panel in ('image', 'fixed'):
+                getattr(drawing, f'draw_{panel}')(axis, view)
+            else:
+                colours = drawing.colours_in_order(view) if scale is None else scale.to_rgba(view.attention)
+                getattr(drawing, f'draw_{panel}')(axis, view, colours)
+    if heat is not None:
+        drawing.add_bar(figure, heat, 'patches', whole=True)
+    if scale is not None:
+        drawing.add_bar(figure, scale, 'attention (1: an even share)', whole=False)
     return figure

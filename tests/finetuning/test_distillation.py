@@ -11,6 +11,7 @@ from conftest import randomise
 from tiny import a_batch, tiny_learner, tiny_model
 from torch import nn
 
+from timm_apvit.attention import patch_attention
 from timm_apvit.finetuning.distillation import (
     Answer,
     Lesson,
@@ -18,7 +19,6 @@ from timm_apvit.finetuning.distillation import (
     Weights,
     distilled_loss,
     observed,
-    patch_attention,
     patch_density,
 )
 from timm_apvit.finetuning.learner import Distillation

@@ -12,9 +12,10 @@ from safetensors.torch import load_file, save_file
 
 import timm_apvit
 from timm_apvit.finetuning.learner import Distillation
-from timm_apvit.finetuning.models import image_config, start_model
+from timm_apvit.finetuning.models import start_model
 from timm_apvit.finetuning.options import Options
 from timm_apvit.finetuning.teachers import create_distillation
+from timm_apvit.images import image_config
 
 BASE = Options(model='test_apvit', img_size=32, num_patches=(2,), model_kwargs={'depth': 2})
 

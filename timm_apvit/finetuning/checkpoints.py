@@ -176,11 +176,16 @@ def write_atomically(path: Path, text: str) -> None:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Give a temporary path to write to, whose file then replaces the one at ``path`` atomically."""
+    """Give a temporary path to write to, whose file then replaces the one at ``path`` atomically, or leaves nothing."""
     unfinished = path.with_name(f'.unfinished-{path.name}')
-    yield unfinished
-    _flush(unfinished)
-    unfinished.replace(path)
+    try:
+        yield unfinished
+        _flush(unfinished)
+        unfinished.replace(path)
+    except BaseException:
+        with suppress(OSError):
+            unfinished.unlink(missing_ok=True)
+        raise
     _flush(path.parent)
 
 

@@ -22,11 +22,12 @@ from timm_apvit.finetuning.data import Splits, some_samples
 from timm_apvit.finetuning.data_options import DATA_HELP, DataOptions, add_data_arguments
 from timm_apvit.finetuning.evaluation import autocast, evaluate
 from timm_apvit.finetuning.failures import explain
-from timm_apvit.finetuning.models import classes_of_checkpoint, create_model, image_config
+from timm_apvit.finetuning.models import classes_of_checkpoint, create_model
 from timm_apvit.finetuning.options import Options
 from timm_apvit.finetuning.parsing import Budget, count, format_budget, number, parse_num_patches
 from timm_apvit.finetuning.preparation import checked_device
 from timm_apvit.finetuning.sources import load_test
+from timm_apvit.images import image_config
 from timm_apvit.vision_transformer import APViT
 
 DATA_NAMES = {field.name for field in fields(DataOptions)}

@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import timm
 from safetensors import safe_open
-from timm.data import resolve_data_config
 from timm.models import load_state_dict
 
 from timm_apvit.finetuning.checkpoints import first_line
@@ -127,17 +126,6 @@ def _shapes(path: str) -> dict[str, tuple[int, ...]]:
         with safe_open(path, framework='pt') as tensors:
             return {key: tuple(tensors.get_slice(key).get_shape()) for key in tensors.keys()}  # noqa: SIM118  no dict
     return {key: tuple(value.shape) for key, value in load_state_dict(path).items()}
-
-
-def image_config(model: APViT) -> dict[str, Any]:
-    """Size and normalisation of the images that an APViT takes."""
-    in_chans = model.patch_embed.patching.in_chans
-    img_size: tuple[int, int] = model.patch_embed.img_size
-    config: dict[str, Any] = resolve_data_config({'input_size': (in_chans, *img_size)}, model=model)
-    for key in ('mean', 'std'):
-        if len(config[key]) != in_chans:
-            config[key] = (sum(config[key]) / len(config[key]),) * in_chans
-    return config
 
 
 def with_weights_of(options: Options, path: str) -> Options:

@@ -25,7 +25,7 @@ from timm_apvit.finetuning.data import Splits
 from timm_apvit.finetuning.distributed import is_main, local_device, own_share, processes_here
 from timm_apvit.finetuning.learner import Distillation
 from timm_apvit.finetuning.logs import check_tensorboard
-from timm_apvit.finetuning.models import create_model, image_config, start_model
+from timm_apvit.finetuning.models import create_model, start_model
 from timm_apvit.finetuning.options import Options
 from timm_apvit.finetuning.schedule import Schedule
 from timm_apvit.finetuning.soundness import check_batches, check_epochs, check_focus, check_options
@@ -33,6 +33,7 @@ from timm_apvit.finetuning.sources import is_path, load_splits
 from timm_apvit.finetuning.teachers import create_distillation
 from timm_apvit.finetuning.training import STATE_KEYS
 from timm_apvit.finetuning.twin import create_twin
+from timm_apvit.images import image_config
 from timm_apvit.vision_transformer import APViT
 
 

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from timm_apvit.finetuning.checkpoints import replacing
 from timm_apvit.finetuning.data import Splits, some_samples
@@ -28,14 +27,10 @@ def save_picture(model: APViT, splits: Splits, data_config: dict[str, Any], path
         for (_, label), guess in zip(samples, predicted, strict=True)
     ]
     mean, std = (torch.tensor(data_config[key]).view(-1, 1, 1) for key in ('mean', 'std'))
-    figure = plot_patches(_shown(images * std + mean), model.patch_geometry(images), titles)
+    pixels = (images * std + mean).clamp(0, 1)
+    figure = plot_patches(model, pixels, panels=('image', 'outlines'), titles=titles, images_per_row=2)
     with replacing(path) as unfinished:
         figure.savefig(unfinished, dpi=100)
-
-
-def _shown(images: Tensor) -> Tensor:
-    """Images as people see them, ``(B, 1 or 3, H, W)``."""
-    return images if images.shape[1] in (1, 3) else images[:, :1]
 
 
 def epoch_line(row: Row, epochs: int) -> str:

@@ -1,0 +1,194 @@
+"""Panels of a picture: each function draws one of them into an axis. Needs matplotlib."""
+
+import io
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib import colormaps
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.cm import ScalarMappable
+from matplotlib.collections import LineCollection
+from matplotlib.colors import ListedColormap, Normalize
+from matplotlib.figure import Figure
+from matplotlib.path import Path
+from matplotlib.patheffects import withStroke
+from matplotlib.ticker import MaxNLocator
+from torch import Tensor
+
+from timm_apvit.coords import anchors
+from timm_apvit.views import PatchView, mosaic, row_lengths
+
+Array = np.ndarray[Any, Any]
+
+# Okabe and Ito's palette, which stays apart for colour-blind readers, without its black and its dark blue, which are
+# lost on dark ground.
+PALETTE = ('#E69F00', '#56B4E9', '#009E73', '#F0E442', '#D55E00', '#CC79A7')
+SCALE = 'cividis'  # made for colour-blind readers
+DARKEST = 0.25  # of that scale, where it colours lines
+FEW = 64  # patches up to which lines are thick and centres are marked
+# Panels narrower or wider than this would not fit a page: there an image is stretched.
+NARROWEST = 1 / 6
+HEAT_CELLS = 256  # of a coverage map along its longer side
+
+
+class Picture(Figure):
+    """A matplotlib figure that notebooks show whether or not pyplot has been imported."""
+
+    def _repr_png_(self) -> bytes:
+        return png_bytes(self)
+
+
+def png_bytes(figure: Any) -> bytes:
+    """A figure as a PNG file."""
+    file = io.BytesIO()
+    figure.savefig(file, format='png', dpi=100)
+    return file.getvalue()
+
+
+def rendered(figure: Any, dpi: int) -> Array:
+    """The pixels of a figure: ``(h, w, 3)``, bytes."""
+    figure.set_dpi(dpi)
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    pixels: Array = np.asarray(canvas.buffer_rgba())[..., :3].copy()
+    return pixels
+
+
+def panel_aspect(view: PatchView) -> float:
+    """Height over width of a panel."""
+    height, width = view.pixels.shape[:2]
+    return min(max(height / width, NARROWEST), 1 / NARROWEST)
+
+
+def colours_in_order(view: PatchView) -> list[Any]:
+    """A colour for each patch, by its place: neighbours along a row and along a column differ."""
+    return [
+        PALETTE[(column + 3 * row) % len(PALETTE)]
+        for row, length in enumerate(row_lengths(view.layout))
+        for column in range(length)
+    ]
+
+
+def attention_scale(attentions: Sequence[Tensor]) -> Any:
+    """Colours of the attention that patches receive, each ``(N,)``, from 0 to the most of all."""
+    shades = colormaps[SCALE](np.linspace(DARKEST, 1, 256))
+    return ScalarMappable(Normalize(0, max(float(each.max()) for each in attentions)), ListedColormap(shades))
+
+
+def draw_image(axis: Any, view: PatchView) -> None:
+    """The image as it is."""
+    _show(axis, view, view.pixels.numpy())
+
+
+def draw_fixed(axis: Any, view: PatchView) -> None:
+    """The patches of a fixed grid, each in its place."""
+    _show(axis, view, mosaic(view.fixed, view.layout).numpy())
+    cells = _cells(view, inset=0.0)
+    axis.add_collection(LineCollection(list(cells), colors='white', linewidths=_thickness(view)))
+
+
+def draw_adaptive(axis: Any, view: PatchView, colours: Sequence[Any]) -> None:
+    """The adaptive patches, each in the place of its anchor and framed in the colour of its outline."""
+    _show(axis, view, mosaic(view.patches, view.layout).numpy())
+    cells = _cells(view, inset=0.05)
+    axis.add_collection(LineCollection(list(cells), colors=list(colours), linewidths=_thickness(view)))
+
+
+def draw_outlines(axis: Any, view: PatchView, colours: Sequence[Any]) -> None:
+    """The image with each patch's outline; those with most attention lie on top."""
+    draw_image(axis, view)
+    width = _thickness(view)
+    order: list[int] = list(range(len(view.outlines))) if view.attention is None else view.attention.argsort().tolist()
+    chosen = [colours[n] for n in order]
+    lines = LineCollection(list(view.outlines.numpy()[order]), colors=chosen, linewidths=width, clip_on=False)
+    # A dark rim keeps every colour visible on bright ground.
+    lines.set_path_effects([withStroke(linewidth=2 * width, foreground='black')])
+    axis.add_collection(lines)
+    if len(view.centres) <= FEW:
+        dots = axis.scatter(*view.centres.numpy()[order].T, s=16, c=chosen, edgecolors='black', linewidths=0.5)
+        dots.set_zorder(3)
+    if view.window is not None:
+        (frame,) = axis.plot(*view.window.numpy().T, color='white', linestyle=(0, (4, 2)), linewidth=1.6, clip_on=False)
+        frame.set_path_effects([withStroke(linewidth=3, foreground='black')])
+        frame.set_zorder(4)
+
+
+def draw_sheet(axis: Any, view: PatchView, colours: Sequence[Any]) -> None:
+    """Contact sheet: the patches in their order, sample for sample, apart from each other."""
+    patches = view.patches.numpy()
+    num, height, width, _ = patches.shape
+    # As many columns as give the sheet the shape of the panel.
+    columns = min(num, max(1, round((num * height / (width * panel_aspect(view))) ** 0.5)))
+    rows = -(-num // columns)
+    gap = max(2, round(0.2 * max(height, width)))
+    sheet = np.ones((rows * (height + gap) + gap, columns * (width + gap) + gap, 3), dtype=np.float32)
+    frames = []
+    for n, patch in enumerate(patches):
+        top, left = gap + n // columns * (height + gap), gap + n % columns * (width + gap)
+        sheet[top : top + height, left : left + width] = patch
+        x, y, pad = (left, left + width), (top, top + height), gap / 5
+        frames.append(_rectangle(x[0] - pad, y[0] - pad, x[1] + pad, y[1] + pad))
+    axis.imshow(sheet, interpolation='nearest', extent=(0, sheet.shape[1], sheet.shape[0], 0))
+    axis.set(xlim=(0, sheet.shape[1]), ylim=(sheet.shape[0], 0))
+    axis.set_axis_off()
+    axis.add_collection(LineCollection(frames, colors=list(colours), linewidths=_thickness(view)))
+
+
+def draw_coverage(axis: Any, view: PatchView, most: float) -> Any:
+    """How many patches see each place; returns what a colour bar needs."""
+    counts = coverage(view)
+    return _show(axis, view, counts, cmap=SCALE, vmin=0, vmax=most)
+
+
+def add_bar(figure: Any, mappable: Any, label: str, whole: bool) -> None:
+    """Add a colour bar to a figure, of whole numbers or any."""
+    bar = figure.colorbar(mappable, ax=list(figure.axes), fraction=0.03, pad=0.01, aspect=30)
+    bar.set_label(label, fontsize=9)
+    bar.ax.tick_params(labelsize=8)
+    bar.locator = MaxNLocator(nbins=6, integer=whole)
+
+
+def coverage(view: PatchView) -> Array:
+    """How many patches see each of about 256 x 256 cells that tile the image: ``(h, w)``."""
+    height, width = view.pixels.shape[:2]
+    step = max(height, width) / HEAT_CELLS
+    size = max(1, round(height / step)), max(1, round(width / step))
+    scale = np.array([size[1] / width, size[0] / height])
+    counts = np.zeros(size, dtype=int)
+    for outline in view.outlines.numpy() * scale:
+        (left, top), (right, bottom) = np.floor(outline.min(axis=0)).clip(0), np.ceil(outline.max(axis=0))
+        x = np.arange(int(left), min(size[1], int(right))) + 0.5
+        y = np.arange(int(top), min(size[0], int(bottom))) + 0.5
+        points = np.stack(np.meshgrid(x, y), axis=-1)
+        inside = Path(outline).contains_points(points.reshape(-1, 2)).reshape(len(y), len(x))
+        counts[int(top) : int(top) + len(y), int(left) : int(left) + len(x)] += inside
+    return counts
+
+
+def _show(axis: Any, view: PatchView, pixels: Array, **kwargs: Any) -> Any:
+    """Lay pixels over the extent of the image, without ticks, y downwards."""
+    height, width = view.pixels.shape[:2]
+    # Enlarged pixels stay what they are; a fine image in a small panel is averaged.
+    shown = axis.imshow(pixels, extent=(0, width, height, 0), interpolation='auto', **kwargs)
+    axis.set(xticks=[], yticks=[], xlim=(0, width), ylim=(height, 0), aspect=panel_aspect(view) * width / height)
+    return shown
+
+
+def _cells(view: PatchView, inset: float) -> Array:
+    """Rectangles of the anchors in pixels, smaller by a share: ``(N, 5, 2)``."""
+    centres, extents = (points.numpy() for points in anchors(view.layout, torch.device('cpu')))
+    corners = np.array(_rectangle(-1, -1, 1, 1))
+    size = np.array([view.pixels.shape[1], view.pixels.shape[0]])
+    points: Array = (centres[:, None] + (1 - inset) * extents[:, None] * corners + 1) / 2 * size
+    return points
+
+
+def _rectangle(left: float, top: float, right: float, bottom: float) -> list[tuple[float, float]]:
+    """Closed outline of a rectangle."""
+    return [(left, top), (right, top), (right, bottom), (left, bottom), (left, top)]
+
+
+def _thickness(view: PatchView) -> float:
+    return 1.2 if len(view.outlines) <= FEW else 0.6

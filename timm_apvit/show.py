@@ -1,0 +1,193 @@
+"""The command that draws what a model looks at: images and a model -> a picture, an animation or both."""
+
+import argparse
+import io
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+
+from timm_apvit.finetuning.checkpoints import BEST, CONFIG_FILE, first_line, replacing
+from timm_apvit.finetuning.failures import is_out_of_memory
+from timm_apvit.finetuning.models import check_registered, create_model
+from timm_apvit.finetuning.options import Options
+from timm_apvit.finetuning.parsing import number, parse_num_patches
+from timm_apvit.finetuning.preparation import checked_device
+from timm_apvit.vision_transformer import APViT
+from timm_apvit.visualize import COLOURED_BY, PANELS, animate, compare, plot_patches, read_images
+
+DPI = 150
+
+
+def add_show_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of the command to a parser, which then returns only those that are given."""
+    parser.argument_default = argparse.SUPPRESS
+    parser.add_argument('images', nargs='+', metavar='IMAGE', help='files that Pillow reads, of any size')
+    add = parser.add_argument
+    add(
+        '--checkpoint',
+        required=True,
+        metavar='MODEL',
+        help="folder of a run (its best model) or of a saved model, a model's name on the Hugging Face Hub, or a "
+        "registered model's name (its pretrained weights)",
+    )
+    add(
+        '--num-patches',
+        type=parse_num_patches,
+        metavar='N[,N...]',
+        help="number of patches, or GHxGW; several are compared (default: the model's own)",
+    )
+    add('-o', '--output', metavar='FILE', help='picture to write: .png, .jpg, .pdf, .svg, ...')
+    add(
+        '--animate',
+        metavar='FILE.gif',
+        help="animation to write, over the numbers of patches (default: a sixteenth to all of the model's own; a run "
+        'keeps no snapshots of its training but the last and the best)',
+    )
+    add(
+        '--panels',
+        type=_parse_panels,
+        metavar='PANEL[,...]',
+        help=f'what to draw of each image, among {", ".join(PANELS)} (default: image,fixed,adaptive,outlines; '
+        'outlines,adaptive to compare or animate)',
+    )
+    add(
+        '--color-by',
+        choices=COLOURED_BY,
+        help='colour of an outline: by the order of the patches, so that neighbours differ, or by the attention that '
+        'each receives from the class token (default: order)',
+    )
+    add(
+        '--img-size',
+        type=number(int, 1),
+        metavar='PIXELS',
+        help='longer side that images are resized to (default: their own, at most 1024)',
+    )
+    add('--device', help='cpu, cuda, cuda:1, ... (default: cuda if there is one)')
+
+
+def show_command(given: dict[str, Any]) -> int:
+    """Run the command with the options given; return the exit status."""
+    try:
+        outputs = check_outputs(given)
+        device = checked_device(given.get('device') or ('cuda' if torch.cuda.is_available() else 'cpu'), None)
+        model = load_model(given['checkpoint']).to(device).eval()
+        drawn = draw(model, given)
+        for path in outputs:
+            with replacing(path) as unfinished:
+                unfinished.write_bytes(drawn[path])
+    except (ValueError, TypeError, OSError, ModuleNotFoundError, MemoryError, RuntimeError) as error:
+        hint = '; lower --num-patches or --img-size' if is_out_of_memory(error) else ''
+        sys.stderr.write(f'error: {first_line(error)}{hint}\n')
+        return 2
+    except KeyboardInterrupt:
+        sys.stderr.write('interrupted; nothing was written\n')
+        return 130
+    sys.stdout.write(''.join(f'{path}\n' for path in outputs))
+    return 0
+
+
+def check_outputs(given: dict[str, Any]) -> list[Path]:
+    """The files to write, which can be written as far as one can tell before.
+
+    Raises:
+        ValueError: none is asked for, or one is of an unknown ending, a folder, in none, or an image that is drawn.
+        ModuleNotFoundError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.backend_bases import FigureCanvasBase
+    except ModuleNotFoundError:
+        raise ModuleNotFoundError("pictures need matplotlib: pip install 'timm-apvit[pictures]'") from None
+    known = {'output': sorted(FigureCanvasBase.get_supported_filetypes()), 'animate': ['gif']}
+    options = {'output': '--output', 'animate': '--animate'}
+    outputs = []
+    for name, endings in known.items():
+        if name not in given:
+            continue
+        path = Path(given[name])
+        if path.suffix[1:].lower() not in endings:
+            raise ValueError(f'expected {options[name]} to end in .{", .".join(endings)}, got {given[name]!r}')
+        if path.is_dir() or not path.absolute().parent.is_dir():
+            raise ValueError(f'expected {options[name]} to be a file in a folder that exists, got {given[name]!r}')
+        if any(path.absolute() == Path(image).absolute() for image in given['images']):
+            raise ValueError(f'expected {options[name]} to be another file than the images, got {given[name]!r}')
+        outputs.append(path)
+    if not outputs:
+        raise ValueError('expected --output FILE, --animate FILE.gif or both, got neither')
+    return outputs
+
+
+def load_model(name: str) -> APViT:
+    """Load the best model of a run, a saved one, one of the Hub, or a registered one with its pretrained weights.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+        ValueError: it is not an APViT or cannot be loaded.
+    """
+    path = Path(name)
+    if (path / CONFIG_FILE).is_file():
+        if not (path / BEST).is_dir():
+            raise FileNotFoundError(f'expected a run with a saved model, got {name!r}, which has none yet')
+        source = f'local-dir:{path / BEST}'
+    elif (path / 'config.json').is_file():
+        source = f'local-dir:{path}'
+    elif path.exists() and not timm.is_model(name):
+        what = f'which holds neither {CONFIG_FILE} nor config.json' if path.is_dir() else 'a file'
+        raise ValueError(f'expected the folder of a run or of a saved model, got {name!r}, {what}')
+    elif name.startswith('local-dir:') and not Path(name.partition(':')[2]).is_dir():
+        raise FileNotFoundError(f'expected a folder with a model, got {name!r}')
+    elif name.count('/') == 1 and ':' not in name and not name.startswith(('.', '/', '~')):
+        source = f'hf-hub:{name}'
+    else:
+        source = name
+        check_registered(name, 'apvit_*')
+        if ':' not in name:
+            _check_apvit(name)
+    return create_model(Options(model=source, pretrained=True), None, weights=True)
+
+
+def draw(model: APViT, given: dict[str, Any]) -> dict[Path, bytes]:
+    """Draw what the options ask for: the files as bytes, by their paths.
+
+    Raises:
+        FileNotFoundError, ValueError: bad input.
+    """
+    images = read_images(model, given['images'], given.get('img_size'))
+    budgets = given.get('num_patches')
+    style: dict[str, Any] = {key: given[key] for key in ('panels', 'color_by') if key in given}
+    style['titles'] = [Path(image).name for image in given['images']]
+    drawn = {}
+    with warnings.catch_warnings():
+        warnings.filterwarnings('ignore', 'Glyph')  # of file names in a script that matplotlib's font does not have
+        if 'output' in given:
+            several = budgets is not None and len(budgets) > 1
+            budget = None if budgets is None else budgets[0]
+            figure = (
+                compare(model, images, budgets, **style) if several else plot_patches(model, images, budget, **style)
+            )
+            file = io.BytesIO()
+            path = Path(given['output'])
+            figure.savefig(file, format=path.suffix[1:].lower(), dpi=DPI)
+            drawn[path] = file.getvalue()
+        if 'animate' in given:
+            drawn[Path(given['animate'])] = animate(model, images, budgets, **style)
+    return drawn
+
+
+def _check_apvit(name: str) -> None:
+    """Raise ValueError unless a registered model is an APViT, before its weights are looked for."""
+    with torch.device('meta'):
+        model = timm.create_model(name)
+    if not isinstance(model, APViT):
+        raise ValueError(f'expected an APViT, got {name!r}, which is a {type(model).__name__}')
+
+
+def _parse_panels(text: str) -> tuple[str, ...]:
+    """Parse names of panels between commas."""
+    panels = tuple(part.strip() for part in text.split(','))
+    if not set(panels) <= set(PANELS):
+        raise argparse.ArgumentTypeError(f'expected panels among {", ".join(PANELS)}, got {text!r}')
+    return panels

@@ -1,0 +1,161 @@
+"""What a model sees of an image, ready to be drawn: its patches, their outlines, the attention to them."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from timm_apvit.attention import attends, inputs_of, outputs_of, patch_attention
+from timm_apvit.coords import NumPatches, anchors
+from timm_apvit.images import image_config
+from timm_apvit.transforms import FIELDS
+from timm_apvit.vision_transformer import APViT
+
+# Enough for a curved side to look smooth.
+POINTS_PER_SIDE = 12
+
+
+class PatchView(NamedTuple):
+    """What a model sees of an image.
+
+    Convention:
+        Points are (x, y) in pixels, (0, 0) is the image's top-left corner, y points down. Pixels are in [0, 1].
+
+    Attributes:
+        pixels: what the patches tile, ``(H, W, 3)``: the image, padded or cropped if the model does that.
+        layout: ``(N, rows)`` of the anchors.
+        fixed: patches of a fixed grid of as many, ``(N, P_h, P_w, 3)``.
+        patches: as the network takes them, ``(N, P_h, P_w, 3)``.
+        outlines: closed, clockwise from the patch's own top-left corner, ``(N, 4 * POINTS_PER_SIDE + 1, 2)``.
+        centres: ``(N, 2)``.
+        window: outline of where the anchors were put, ``(5, 2)``; None: all over the image.
+        attention: that each patch receives, 1 being an even share, ``(N,)``; None: not asked for.
+    """
+
+    pixels: Tensor
+    layout: tuple[int, int]
+    fixed: Tensor
+    patches: Tensor
+    outlines: Tensor
+    centres: Tensor
+    window: Tensor | None
+    attention: Tensor | None
+
+
+@torch.no_grad()
+def view_patches(
+    model: APViT, image: Tensor, num_patches: NumPatches | None = None, attention: bool = False
+) -> PatchView:
+    """Run a model on an image ``(C, H, W)`` of values in [0, 1], which is normalised here, and keep what it sees.
+
+    The model is left as it was.
+
+    Args:
+        model: in any mode; it is run in eval mode.
+        image: of any size.
+        num_patches: N or ``(gh, gw)``; None: those of the model.
+        attention: whether to read the attention, for which all of the model must run, not just its patch embedding.
+
+    Raises:
+        ValueError: not an APViT, no number of patches, or an attention that cannot be read.
+    """
+    if not isinstance(model, APViT):
+        raise ValueError(f'expected an APViT, got a {type(model).__name__}')
+    if attention and not attends(model):
+        raise ValueError("expected timm's ordinary attention at the model's end to colour by it, got a model without")
+    patching = model.patch_embed.patching
+    config = image_config(model)
+    weight = model.patch_embed.proj.weight
+    mean, std = (torch.tensor(config[key], device=weight.device).view(-1, 1, 1) for key in ('mean', 'std'))
+    batch = ((image.to(weight.device, torch.float32) - mean) / std).to(weight.dtype)[None]
+    with _at_rest(model, num_patches):
+        layer = model.blocks[-1].attn if attention else None
+        with inputs_of(patching) as canvases, outputs_of(patching) as seen, inputs_of(layer) as tokens:
+            if attention:
+                model.forward_features(batch)
+            else:
+                model.patch_embed(batch)
+        _, layout = model.patch_embed.anchor_layout((batch.shape[2], batch.shape[3]))
+        canvas, (patches, geometry) = canvases[0].float(), seen[0]
+        received = patch_attention(model, layer, tokens[0])[0] if attention else None
+        fixed = fixed_patches(model, canvas, layout)
+
+    size = canvas.new_tensor([canvas.shape[3], canvas.shape[2]])
+    window = None
+    if geometry.window is not None:
+        corners = canvas.new_tensor([[-1, -1], [1, -1], [1, 1], [-1, 1], [-1, -1]])
+        window = _in_pixels(geometry.window[0, :2] + geometry.window[0, 2] * corners, size)
+    return PatchView(
+        pixels=_shown(canvas[0], mean, std),
+        layout=layout,
+        fixed=_shown(fixed, mean, std),
+        patches=_shown(patches[0], mean, std),
+        outlines=_in_pixels(geometry.outlines(POINTS_PER_SIDE)[0], size),
+        centres=_in_pixels(geometry.centres[0], size),
+        window=window,
+        attention=None if received is None else received.cpu() * len(received),
+    )
+
+
+def fixed_patches(model: APViT, canvas: Tensor, layout: tuple[int, int]) -> Tensor:
+    """Patches of the anchors that tile an image ``(1, C, H, W)``, none of them moved: ``(N, C, P_h, P_w)``."""
+    patching = model.patch_embed.patching
+    image_size = (canvas.shape[2], canvas.shape[3])
+    centres, extents = anchors(layout, canvas.device)
+    unmoved = {name: canvas.new_zeros(1, layout[0], FIELDS[name]) for name in patching.transform.fields}
+    geometry = patching.transform(unmoved, centres, extents, image_size)
+    patches: Tensor = patching.sample(canvas, geometry, layout)[0]
+    return patches
+
+
+def mosaic(patches: Tensor, layout: tuple[int, int]) -> Tensor:
+    """Put patches back together, each on its anchor: ``(N, P_h, P_w, 3)`` -> ``(h, w, 3)``.
+
+    At the full grid of unmoved patches that is the image. Where rows have different numbers of patches, their columns
+    are repeated to one width.
+    """
+    _, height, width, _ = patches.shape
+    lengths = row_lengths(layout)
+    longest = max(lengths) * width
+    total = longest if min(lengths) == max(lengths) else 4 * longest
+    rows = []
+    for row in torch.split(patches, lengths):
+        strip = row.transpose(0, 1).reshape(height, -1, 3)  # (P_h, columns * P_w, 3)
+        repeated = (torch.arange(total) * 2 + 1) * strip.shape[1] // (2 * total)
+        rows.append(strip[:, repeated].repeat_interleave(total // longest, dim=0))
+    return torch.cat(rows)
+
+
+def row_lengths(layout: tuple[int, int]) -> list[int]:
+    """How many anchors each row of a layout ``(N, rows)`` has."""
+    num, rows = layout
+    return [(row + 1) * num // rows - row * num // rows for row in range(rows)]
+
+
+@contextmanager
+def _at_rest(model: APViT, num_patches: NumPatches | None) -> Iterator[None]:
+    """Let a model run in eval mode with a number of patches, then be as it was."""
+    training, requested = model.training, model.patch_embed.requested
+    try:
+        model.eval()
+        if num_patches is not None:
+            model.set_num_patches(num_patches)
+        yield
+    finally:
+        model.set_num_patches(requested)
+        model.train(training)
+
+
+def _in_pixels(points: Tensor, size: Tensor) -> Tensor:
+    """Points ``(..., 2)`` of [-1, 1] in pixels of an image of a size ``(W, H)``."""
+    return ((points.double() + 1) / 2 * size).cpu()
+
+
+def _shown(pixels: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """Pixels as people see them: normalised ``(..., C, H, W)`` -> ``(..., H, W, 3)`` in [0, 1]."""
+    pixels = (pixels.float() * std + mean).clamp(0, 1)
+    if pixels.shape[-3] != 3:
+        pixels = pixels[..., :1, :, :].expand(*pixels.shape[:-3], 3, *pixels.shape[-2:])
+    return pixels.movedim(-3, -1).cpu()
