@@ -10,7 +10,7 @@ from matplotlib import colormaps
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cm import ScalarMappable
 from matplotlib.collections import LineCollection
-from matplotlib.colors import ListedColormap, Normalize
+from matplotlib.colors import ListedColormap, PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.path import Path
 from matplotlib.patheffects import withStroke
@@ -72,9 +72,13 @@ def colours_in_order(view: PatchView) -> list[Any]:
 
 
 def attention_scale(attentions: Sequence[Tensor]) -> Any:
-    """Colours of the attention that patches receive, each ``(N,)``, from 0 to the most of all."""
+    """Colours of the attention that patches receive, each ``(N,)``, from 0 to the most of all.
+
+    They go by its square root: a few patches receive most of it, and the others would all look alike.
+    """
     shades = colormaps[SCALE](np.linspace(DARKEST, 1, 256))
-    return ScalarMappable(Normalize(0, max(float(each.max()) for each in attentions)), ListedColormap(shades))
+    most = max(float(each.max()) for each in attentions)
+    return ScalarMappable(PowerNorm(0.5, 0, most), ListedColormap(shades))
 
 
 def draw_image(axis: Any, view: PatchView) -> None:

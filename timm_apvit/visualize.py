@@ -36,6 +36,9 @@ COLOURED_BY = ('order', 'attention')
 WIDTHS = {1: 7.0, 2: 4.5, 3: 3.2}  # of a panel in inches, by how many are side by side
 NARROW = 2.6
 
+Cell = tuple[PatchView, str, str]
+"""A view, the name of a panel and its title."""
+
 
 def plot_patches(
     model: APViT,
@@ -76,18 +79,11 @@ def plot_patches(
         FileNotFoundError: there is no such image.
         ValueError: an argument that is none of these.
     """
-    _check_choices(panels, color_by)
-    read = read_images(model, images)
-    names = [''] * len(read) if titles is None else list(titles)
-    if len(names) != len(read):
-        raise ValueError(f'expected {len(read)} titles, got {len(names)}')
+    read, names = _checked(model, images, titles, panels, color_by)
     if images_per_row < 1:
         raise ValueError(f'expected images_per_row >= 1, got {images_per_row}')
     views = [view_patches(model, image, num_patches, color_by == 'attention') for image in read]
-    groups = [
-        [(view, panel, _title(name if n == 0 else '', panel, view, panels)) for n, panel in enumerate(panels)]
-        for view, name in zip(views, names, strict=True)
-    ]
+    groups = [_panels(view, name, panels) for view, name in zip(views, names, strict=True)]
     return _figure([list(chain(*groups[n : n + images_per_row])) for n in range(0, len(groups), images_per_row)])
 
 
@@ -113,15 +109,9 @@ def compare(
     Raises:
         ModuleNotFoundError, FileNotFoundError, ValueError: as `plot_patches`.
     """
-    _check_choices(panels, color_by)
-    read = read_images(model, images)
-    names = [''] * len(read) if titles is None else list(titles)
-    if len(names) != len(read):
-        raise ValueError(f'expected {len(read)} titles, got {len(names)}')
-    budgets = default_budgets(model) if num_patches is None else list(num_patches)
-    if not budgets:
-        raise ValueError('expected one number of patches or more, got none')
-    rows = []
+    read, names = _checked(model, images, titles, panels, color_by)
+    budgets = _budgets(model, num_patches)
+    rows: list[list[Cell]] = []
     for image, name in zip(read, names, strict=True):
         views = [view_patches(model, image, budget, color_by == 'attention') for budget in budgets]
         for n, panel in enumerate(panels):
@@ -161,12 +151,14 @@ def animate(
     drawing = _drawing()
     from PIL import Image
 
-    budgets = default_budgets(model) if num_patches is None else list(num_patches)
-    if not budgets:
-        raise ValueError('expected one number of patches or more, got none')
-    read = read_images(model, images)
-    figures = [plot_patches(model, read, n, panels=panels, color_by=color_by, titles=titles) for n in budgets]
-    frames = [Image.fromarray(drawing.rendered(figure, dpi=100)) for figure in figures]
+    read, names = _checked(model, images, titles, panels, color_by)
+    attention = color_by == 'attention'
+    views = [[view_patches(model, image, n, attention) for image in read] for n in _budgets(model, num_patches)]
+    crowded = any(map(_is_crowded, chain(*views)))  # so that all frames have one size
+    frames = []
+    for each in views:
+        rows = [_panels(view, name, panels) for view, name in zip(each, names, strict=True)]
+        frames.append(Image.fromarray(drawing.rendered(_figure(rows, crowded), dpi=100)))
     file = io.BytesIO()
     frames[0].save(
         file, 'GIF', save_all=True, append_images=frames[1:], duration=round(1000 * seconds), loop=0, optimize=False
@@ -200,11 +192,30 @@ def read_images(model: APViT, images: Any, longest: int | None = None) -> list[T
     return read
 
 
-def _check_choices(panels: Sequence[str], color_by: str) -> None:
+def _checked(
+    model: APViT, images: Any, titles: Sequence[str] | None, panels: Sequence[str], color_by: str
+) -> tuple[list[Tensor], list[str]]:
+    """Check arguments; read the images, and give each a name."""
     if isinstance(panels, str) or not panels or not set(panels) <= set(PANELS):
         raise ValueError(f'expected panels among {", ".join(PANELS)}, got {panels!r}')
     if color_by not in COLOURED_BY:
         raise ValueError(f'expected color_by to be one of {", ".join(COLOURED_BY)}, got {color_by!r}')
+    read = read_images(model, images)
+    names = [''] * len(read) if titles is None else list(titles)
+    if len(names) != len(read):
+        raise ValueError(f'expected {len(read)} titles, got {len(names)}')
+    return read, names
+
+
+def _budgets(model: APViT, num_patches: Sequence[NumPatches] | None) -> list[NumPatches]:
+    budgets = default_budgets(model) if num_patches is None else list(num_patches)
+    if not budgets:
+        raise ValueError('expected one number of patches or more, got none')
+    return budgets
+
+
+def _is_crowded(view: PatchView) -> bool:
+    return view.layout[0] > 64
 
 
 def _patches(view: PatchView) -> str:
@@ -213,11 +224,16 @@ def _patches(view: PatchView) -> str:
     return f'{grid}{number} patch{"es" if number > 1 else ""}'
 
 
-def _title(name: str, panel: str, view: PatchView, panels: Sequence[str]) -> str:
-    """Of the first panel the image's name; of the others what they show, and once how many patches there are."""
-    counted = next((each for each in panels if each != 'image'), None)
-    what = [] if panel == 'image' and name else [PANELS[panel]]
-    return '\n'.join([*_shortened(name), *what, *([_patches(view)] if panel == counted else [])])
+def _panels(view: PatchView, name: str, panels: Sequence[str]) -> list[Cell]:
+    """A view's panels with their titles: the image's name above the first, and once how many patches there are."""
+    counted = next((n for n, panel in enumerate(panels) if panel != 'image'), None)
+    cells: list[Cell] = []
+    for n, panel in enumerate(panels):
+        lines = _shortened(name) if n == 0 else []
+        if panel != 'image' or not lines:
+            lines.append(PANELS[panel])
+        cells.append((view, panel, '\n'.join([*lines, *([_patches(view)] if n == counted else [])])))
+    return cells
 
 
 def _shortened(name: str) -> list[str]:
@@ -237,20 +253,28 @@ def _drawing() -> Any:
     return drawing
 
 
-def _figure(rows: list[list[tuple[PatchView, str, str]]]) -> 'Figure':
-    """Draw rows of panels, each a view, the name of its panel and a title; scales are those of all of them."""
+def _figure(rows: list[list[Cell]], crowded: bool = False) -> 'Figure':
+    """Draw rows of panels; scales are those of all of them.
+
+    Args:
+        rows: of any lengths.
+        crowded: draw the panels larger, as where there are many patches.
+    """
     drawing = _drawing()
     cells = [cell for row in rows for cell in row]
     columns = max(map(len, rows))
-    width = WIDTHS.get(columns, NARROW) * (
-        1.4 if columns > 1 and max(view.layout[0] for view, _, _ in cells) > 64 else 1
-    )
-    heights = [width * max(drawing.panel_aspect(view) for view, _, _ in row) + 0.35 for row in rows]
+    width = WIDTHS.get(columns, NARROW)
+    if columns > 1 and (crowded or any(_is_crowded(view) for view, _, _ in cells)):
+        width *= 1.4
+    heights = [
+        max(width * drawing.panel_aspect(view) + 0.2 + 0.18 * len(title.splitlines()) for view, _, title in row)
+        for row in rows
+    ]
     attentions = [view.attention for view, _, _ in cells if view.attention is not None]
     scale = drawing.attention_scale(attentions) if attentions else None
     most = max((drawing.coverage(view).max() for view, panel, _ in cells if panel == 'coverage'), default=0)
     figure: Figure = drawing.Picture(
-        figsize=(width * columns + 0.8 * (bool(attentions) + bool(most)), sum(heights)), layout='constrained'
+        figsize=(width * columns + 0.8 * (bool(attentions) + bool(most)), sum(heights)), layout='compressed'
     )
     axes = figure.subplots(len(rows), columns, squeeze=False, gridspec_kw={'height_ratios': heights})
     for axis in axes.flat:
