@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 import timm_apvit
 from timm_apvit import patching, pos_embed
@@ -12,13 +13,16 @@ from timm_apvit import patching, pos_embed
 README = Path(__file__).parents[1] / 'README.md'
 
 
-@pytest.mark.parametrize('block', re.findall(r'```python\n(.*?)```', README.read_text(), re.DOTALL), ids=range(2))
+@pytest.mark.parametrize('block', re.findall(r'```python\n(.*?)```', README.read_text(), re.DOTALL), ids=range(3))
 def test_snippets_run(block, tmp_path, monkeypatch):
     """As they stand, but for the weights, which would come from the Hub."""
     monkeypatch.chdir(tmp_path)
+    Image.new('RGB', (40, 30)).save('photo.jpg')
     names: dict[str, object] = {}
     exec(block.replace("'apvit_small', pretrained=True", "'apvit_small'"), names)
-    if 'model' in names:
+    if 'figure' in names:
+        assert len(names['figure'].axes) == 4
+    elif 'model' in names:
         assert names['model'].num_patches == 49
         assert names['logits'].shape == (1, 1000)
     else:

@@ -1,31 +1,25 @@
-"""Pictures show images upright and outlines where the patches lie."""
+"""Pictures show images upright, and outlines, patches and coverage where the patches lie."""
 
+import io
+import pickle
+import sys
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
+import timm
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
+from conftest import create
 from matplotlib.collections import LineCollection
+from matplotlib.colors import to_rgb
+from matplotlib.path import Path as Polygon
+from PIL import Image
 
-from timm_apvit import AdaptivePatching, PatchGeometry
-from timm_apvit.visualize import PALETTE, plot_patches
-
-
-def geometry_of(images: torch.Tensor, transform: str = 'affine', num_patches: int = 6) -> PatchGeometry:
-    torch.manual_seed(0)
-    patching = AdaptivePatching(4, num_patches, transform, in_chans=images.shape[1])
-    for layer in patching.localizer.head.values():
-        torch.nn.init.normal_(layer.weight)
-    geometry: PatchGeometry = patching(images)[1]
-    return geometry
-
-
-def render(figure: Any) -> np.ndarray[Any, Any]:
-    """The pixels of a figure: ``(h, w, 3)``."""
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    return np.asarray(canvas.buffer_rgba())[..., :3]
+from timm_apvit import TRANSFORMS
+from timm_apvit.drawing import PALETTE, colours_in_order, coverage, rendered
+from timm_apvit.views import view_patches
+from timm_apvit.visualize import CLASSIC, PANELS, animate, compare, default_budgets, plot_patches
 
 
 def pixel_at(figure: Any, axis: Any, xy: tuple[float, float]) -> tuple[int, int]:
@@ -34,59 +28,243 @@ def pixel_at(figure: Any, axis: Any, xy: tuple[float, float]) -> tuple[int, int]
     return round(figure.bbox.height - y - 0.5), round(x - 0.5)
 
 
-def test_convention_images_are_upright_and_outlines_in_pixels() -> None:
-    images = torch.zeros(1, 3, 20, 40)
-    images[0, 0, :5, :10] = 1  # red in the top-left corner
-    geometry = geometry_of(images)
-    figure = plot_patches(images, geometry, ['a title'])
-    left, right = figure.axes
-    pixels = render(figure)
-    assert tuple(pixels[pixel_at(figure, left, (1, 1))]) == (255, 0, 0)
-    assert tuple(pixels[pixel_at(figure, left, (1, 19))]) == (0, 0, 0)
-    assert tuple(pixels[pixel_at(figure, left, (39, 1))]) == (0, 0, 0)
-    for axis in (left, right):
-        top, bottom = pixel_at(figure, axis, (0, 0))[0], pixel_at(figure, axis, (0, 20))[0]
-        assert top < bottom
-    assert left.get_title() == 'a title'
-
-    lines, dots = right.collections
-    assert isinstance(lines, LineCollection)
-    drawn = np.stack(lines.get_segments())
-    corners = torch.tensor([[-1.0, -1.0], [1.0, -1.0], [1.0, 1.0], [-1.0, 1.0], [-1.0, -1.0]])
-    expected = (geometry.points(corners)[0] + 1) / 2 * torch.tensor([40.0, 20.0])
-    np.testing.assert_allclose(drawn, expected.detach().numpy(), atol=1e-4)
-    middles = (geometry.centres[0] + 1) / 2 * torch.tensor([40.0, 20.0])
-    np.testing.assert_allclose(dots.get_offsets(), middles.detach().numpy(), atol=1e-4)
-    assert not left.collections
+def drawn_outlines(axis: Any) -> np.ndarray[Any, Any]:
+    lines = next(each for each in axis.collections if isinstance(each, LineCollection))
+    return np.stack(lines.get_segments())
 
 
-def test_outlines_are_seen_in_colours_of_the_palette() -> None:
-    images = torch.ones(1, 1, 32, 32)
-    figure = plot_patches(images, geometry_of(images, num_patches=4))
-    figure.set_dpi(400)  # so that lines have an inside that no other colour blends with
-    colours = {tuple(int(PALETTE[0][n : n + 2], 16) for n in (1, 3, 5)), (0, 0, 0), (255, 255, 255)}
-    assert colours <= {tuple(colour) for colour in render(figure).reshape(-1, 3).tolist()}
+def test_convention_images_are_upright() -> None:
+    image = torch.zeros(3, 20, 40)
+    image[0, :5, :10] = 1  # red in the top-left corner
+    model: Any = timm.create_model('test_apvit', img_size=32, num_patches=(2, 4), transform='affine')
+    figure = plot_patches(model, image, titles=['a $title'])
+    pixels = rendered(figure, 100)
+    assert len(figure.axes) == len(CLASSIC)
+    for axis in figure.axes:  # the patches have not moved, so that reassembled they are the image
+        assert pixels[pixel_at(figure, axis, (3, 1.4))].tolist() == pytest.approx([255, 0, 0], abs=3)
+        assert pixels[pixel_at(figure, axis, (3, 18.6))].tolist() == pytest.approx([0, 0, 0], abs=3)
+        assert pixels[pixel_at(figure, axis, (36.5, 1.4))].tolist() == pytest.approx([0, 0, 0], abs=3)
+        assert pixel_at(figure, axis, (0, 0))[0] < pixel_at(figure, axis, (0, 20))[0]
+    assert figure.axes[0].get_title() == 'a $title'
+    assert figure.axes[1].get_title() == 'fixed grid\n2x4, 8 patches'
 
 
-def test_figure_has_a_pair_for_each_image_and_holds_any_budget() -> None:
-    images = torch.rand(3, 1, 16, 24)
-    figure = plot_patches(images, geometry_of(images, num_patches=196), titles=['1', '2', '3'], pairs_per_row=2)
-    assert len(figure.axes) == 8
-    assert [len(axis.collections) for axis in figure.axes] == [0, 2, 0, 2, 0, 2, 0, 0]
-    assert render(figure).std() > 0
+@pytest.mark.parametrize('size', [(48, 96), (90, 40)])
+@pytest.mark.parametrize('transform', TRANSFORMS)
+def test_convention_what_is_seen_in_the_picture_is_what_the_patch_holds(transform: str, size: tuple[int, int]) -> None:
+    """The picture within a drawn outline has the mean colours of the patch that the network took."""
+    model: Any = create(img_size=64, num_patches=6, transform=transform)
+    columns = torch.linspace(0, 1, size[1]).expand(size)
+    rows = torch.linspace(0, 1, size[0])[:, None].expand(size)
+    image = torch.stack([columns, rows, torch.zeros(size)])
+    figure = plot_patches(model, image, panels=('image', 'outlines'))
+    pixels = rendered(figure, 150)
+    view = view_patches(model, image)
+    plain, outlined = figure.axes
+    height = figure.bbox.height
+    for outline, patch in zip(drawn_outlines(outlined), view.patches, strict=True):
+        at = plain.transData.transform(outline)  # of the same image, without lines over it
+        points = np.stack(
+            np.meshgrid(*(np.arange(np.floor(a), np.ceil(b)) for a, b in zip(at.min(0), at.max(0), strict=True))), -1
+        )
+        points = points.reshape(-1, 2)
+        within = points[Polygon(at).contains_points(points + 0.5)].astype(int)
+        seen = pixels[(height - 1 - within[:, 1]).astype(int), within[:, 0]] / 255
+        assert len(seen) > 100
+        np.testing.assert_allclose(seen.mean(axis=0)[:2], patch.mean(dim=(0, 1))[:2].numpy(), atol=0.02)
+
+
+@pytest.mark.parametrize('transform', TRANSFORMS)
+def test_lines_are_drawn_along_the_outlines(transform: str) -> None:
+    model: Any = create(img_size=64, num_patches=5, transform=transform)
+    image = torch.ones(3, 48, 96)
+    figure = plot_patches(model, image, panels=('outlines',))
+    pixels = rendered(figure, 300)
+    for outline, colour in zip(
+        drawn_outlines(figure.axes[0]), colours_in_order(view_patches(model, image)), strict=True
+    ):
+        hits = [
+            np.abs(pixels[pixel_at(figure, figure.axes[0], tuple(point))] / 255 - to_rgb(colour)).max() < 0.2
+            for point in outline[:-1]
+        ]
+        assert np.mean(hits) > 0.1  # elsewhere others lie on top
+
+
+def test_reassembled_patches_wear_the_colours_of_their_outlines() -> None:
+    model: Any = create(img_size=64, num_patches=(2, 3))
+    figure = plot_patches(model, torch.rand(3, 40, 60), panels=('adaptive', 'outlines', 'sheet'))
+    colours = [axis.collections[0].get_colors() for axis in figure.axes]
+    assert len(colours[0]) == 6
+    np.testing.assert_array_equal(colours[0], colours[1])
+    np.testing.assert_array_equal(colours[0], colours[2])
+    np.testing.assert_allclose(colours[0][0][:3], to_rgb(PALETTE[0]))
+
+
+@pytest.mark.parametrize('grid', [(14, 14), (7, 7), (6, 6), (4, 8), (1, 5), (5, 1)])
+def test_neighbours_differ_in_colour(grid: tuple[int, int]) -> None:
+    model: Any = create(img_size=64, num_patches=grid)
+    colours = np.array(colours_in_order(view_patches(model, torch.rand(3, 9, 9)))).reshape(grid)
+    assert (colours[1:] != colours[:-1]).all()
+    assert (colours[:, 1:] != colours[:, :-1]).all()
+
+
+def test_attention_colours_lines_and_has_a_bar() -> None:
+    model: Any = create(img_size=64, num_patches=5)
+    torch.nn.init.normal_(model.blocks[-1].attn.qkv.weight, std=0.5)
+    image = torch.rand(3, 40, 60)
+    figure = plot_patches(model, image, panels=('outlines',), color_by='attention')
+    axis, bar = figure.axes
+    assert bar.get_ylabel() == 'attention (1: an even share)'
+    attention = view_patches(model, image, attention=True).attention
+    assert attention is not None
+    order = attention.argsort()
+    lines = drawn_outlines(axis)
+    expected = view_patches(model, image).outlines[order]
+    np.testing.assert_allclose(lines, expected.numpy())
+    brightness = axis.collections[0].get_colors()[:, :3].sum(axis=1)
+    assert (np.diff(brightness) >= 0).all()
+    assert brightness[-1] > brightness[0]
+
+
+def test_sheet_shows_every_sample_in_order() -> None:
+    model: Any = create(img_size=64, num_patches=(2, 3))
+    image = torch.rand(3, 40, 60)
+    figure = plot_patches(model, image, panels=('sheet',))
+    (axis,) = figure.axes
+    sheet = axis.images[0].get_array()
+    patches = view_patches(model, image).patches.numpy()
+    frames = axis.collections[0].get_segments()
+    for patch, frame in zip(patches, frames, strict=True):
+        left, top = np.ceil(frame.min(axis=0)).astype(int)
+        np.testing.assert_allclose(sheet[top : top + 16, left : left + 16], patch, atol=1e-6)
+
+
+def test_coverage_counts_the_patches_over_each_place() -> None:
+    unmoved: Any = timm.create_model('test_apvit', img_size=64, num_patches=(3, 5))
+    assert (coverage(view_patches(unmoved, torch.rand(3, 30, 90))) == 1).mean() > 0.99
+    moved: Any = create(img_size=64, num_patches=7, transform='affine')
+    view = view_patches(moved, torch.rand(3, 30, 90))
+    counts = coverage(view)
+    assert counts.shape == (85, 256)
+    for x, y in ((10, 12), (45, 15), (77, 22)):
+        expected = sum(Polygon(outline.numpy()).contains_point((x + 0.5, y + 0.5)) for outline in view.outlines)
+        assert counts[int((y + 0.5) * 85 / 30), int((x + 0.5) * 256 / 90)] == expected
+    x, y = view.outlines.numpy()[..., 0], view.outlines.numpy()[..., 1]
+    areas = np.abs((x[:, :-1] * y[:, 1:] - x[:, 1:] * y[:, :-1]).sum(axis=1)) / 2
+    assert counts.mean() == pytest.approx(areas.sum() / (30 * 90), rel=0.05)
+
+
+def test_several_images_of_any_size_make_a_grid() -> None:
+    model: Any = create(img_size=64, num_patches=4)
+    images = [torch.rand(3, *size) for size in ((1, 1), (2, 300), (300, 2), (40, 60), (224, 224))]
+    figure = plot_patches(model, images, panels=('image', 'outlines'), titles=list('abcde'), images_per_row=2)
+    assert len(figure.axes) == 12
+    assert [axis.axison for axis in figure.axes] == [True] * 10 + [False] * 2
+    pixels = rendered(figure, 60)
+    assert pixels.std() > 0
+    for axis in figure.axes[:10]:
+        box = axis.get_window_extent()
+        assert box.x0 >= 0
+        assert box.x1 <= figure.bbox.width
+        assert min(box.width, box.height) > 20
+    assert len(plot_patches(model, torch.rand(3, 3, 20, 30), panels=('image',)).axes) == 3
+
+
+def no_overlap(figure: Any) -> None:
+    """Titles and panels stay apart and inside the figure."""
+    rendered(figure, 80)
+    boxes = [axis.get_tightbbox() for axis in figure.axes if axis.axison]
+    for n, box in enumerate(boxes):
+        assert box.x0 >= -3
+        assert box.y0 >= -3
+        assert box.x1 <= figure.bbox.width + 3
+        assert box.y1 <= figure.bbox.height + 3
+        for other in boxes[:n]:
+            across = min(box.x1, other.x1) - max(box.x0, other.x0)
+            along = min(box.y1, other.y1) - max(box.y0, other.y0)
+            assert min(across, along) < 3
+
+
+@pytest.mark.parametrize('size', [(40, 60), (60, 40), (10, 90), (90, 10)])
+def test_titles_and_panels_do_not_overlap(size: tuple[int, int]) -> None:
+    model: Any = create(img_size=64, num_patches=7)
+    names = ['a very long name of a file, longer than its panel is.jpeg', 'b']
+    for color_by in ('order', 'attention'):
+        no_overlap(plot_patches(model, torch.rand(2, 3, *size), titles=names, color_by=color_by))
+    no_overlap(plot_patches(model, torch.rand(2, 3, *size), panels=tuple(PANELS), titles=names))
+    no_overlap(compare(model, torch.rand(2, 3, *size), (1, 4, 196), titles=names))
+
+
+def test_compare_has_a_column_for_each_budget_and_leaves_the_model() -> None:
+    model: Any = create(img_size=64, num_patches=(4, 4)).train()
+    figure = compare(model, [torch.rand(3, 40, 60)] * 2, (1, (2, 3), 7), titles=['a', 'b'])
+    assert len(figure.axes) == 12
+    assert [len(drawn_outlines(axis)) for axis in figure.axes] == [1, 6, 7] * 4
+    titles = [axis.get_title() for axis in figure.axes]
+    assert titles[:4] == ['a\n1 patch', '2x3, 6 patches', '7 patches', 'adaptive patches']
+    assert titles[6] == 'b\n1 patch'
+    assert model.patch_embed.requested == (4, 4)
+    assert model.training
+    assert default_budgets(model) == [1, 4, 8, (4, 4)]
+    assert len(compare(model, torch.rand(3, 9, 9)).axes) == 8
+
+
+def test_animation_has_a_frame_for_each_budget() -> None:
+    model: Any = create(img_size=64, num_patches=16)
+    file = animate(model, torch.rand(3, 40, 60), (1, 4, 100), seconds=0.5)
+    with Image.open(io.BytesIO(file)) as gif:
+        assert gif.format == 'GIF'
+        assert gif.n_frames == 3
+        assert gif.info['duration'] == 500
+        assert gif.info['loop'] == 0
+
+
+def test_figure_is_shown_by_notebooks_and_can_be_pickled() -> None:
+    model: Any = create(img_size=64, num_patches=4)
+    figure: Any = plot_patches(model, torch.rand(3, 20, 20), panels=('image',))
+    assert figure._repr_png_().startswith(b'\x89PNG')
+    assert len(pickle.loads(pickle.dumps(figure)).axes) == 1
+
+
+def test_196_patches_are_told_apart() -> None:
+    model: Any = timm.create_model('test_apvit', img_size=64, num_patches=(14, 14))
+    image = torch.full((3, 224, 224), 0.5)
+    figure = plot_patches(model, image)
+    pixels = rendered(figure, 150)
+    axis = figure.axes[3]
+    middles = [pixel_at(figure, axis, (16 * column + 8, 16 * row + 8)) for row in range(14) for column in range(14)]
+    for middle in middles:  # the image is seen within each outline
+        assert pixels[middle].tolist() == pytest.approx([128] * 3, abs=2)
 
 
 @pytest.mark.parametrize(
-    ('images', 'titles', 'message'),
+    ('draw', 'message'),
     [
-        (torch.zeros(3, 8, 8), None, r'shape \(B, 1 or 3, H, W\), got \[3, 8, 8\]'),
-        (torch.zeros(2, 2, 8, 8), None, r'got \[2, 2, 8, 8\]'),
-        (torch.zeros(0, 3, 8, 8), None, r'got \[0, 3, 8, 8\]'),
-        (torch.zeros(3, 3, 8, 8), None, 'geometry of 3 images, got that of 2'),
-        (torch.zeros(2, 3, 8, 8), ['one'], 'expected 2 titles, got 1'),
+        (lambda model: plot_patches(model, torch.rand(2, 3, 8, 8), titles=['one']), 'expected 2 titles, got 1'),
+        (lambda model: plot_patches(model, []), 'expected one image or more, got none'),
+        (lambda model: plot_patches(model, torch.rand(0, 3, 8, 8)), 'expected one image or more, got none'),
+        (lambda model: plot_patches(model, torch.rand(8, 8)), r'shape \(3, H, W\), got \[8, 8\]'),
+        (lambda model: plot_patches(model, torch.rand(3, 8, 8), panels=('image', 'x')), 'expected panels among image'),
+        (lambda model: plot_patches(model, torch.rand(3, 8, 8), panels='image'), 'expected panels among image'),
+        (lambda model: plot_patches(model, torch.rand(3, 8, 8), panels=()), 'expected panels among image'),
+        (lambda model: plot_patches(model, torch.rand(3, 8, 8), color_by='x'), 'one of order, attention, got'),
+        (lambda model: plot_patches(model, torch.rand(3, 8, 8), 0), 'expected num_patches'),
+        (lambda model: plot_patches(model, torch.rand(3, 8, 8), images_per_row=0), 'images_per_row >= 1, got 0'),
+        (lambda model: compare(model, torch.rand(3, 8, 8), ()), 'one number of patches or more, got none'),
+        (lambda model: animate(model, torch.rand(3, 8, 8), ()), 'one number of patches or more, got none'),
+        (lambda model: plot_patches(model.blocks, torch.rand(3, 8, 8)), 'expected an APViT, got a Sequential'),
     ],
 )
-def test_rejects_shapes_that_do_not_fit(images: torch.Tensor, titles: list[str] | None, message: str) -> None:
-    geometry = geometry_of(torch.zeros(2, 3, 8, 8))
+def test_rejects_what_cannot_be_drawn(draw: Callable[[Any], Any], message: str) -> None:
+    model = create(img_size=32, num_patches=4)
     with pytest.raises(ValueError, match=message):
-        plot_patches(images, geometry, titles)
+        draw(model)
+
+
+def test_rejects_to_draw_without_matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in sys.modules if name.startswith('matplotlib')] + ['timm_apvit.drawing']:
+        monkeypatch.setitem(sys.modules, name, None if name.startswith('matplotlib') else sys.modules[name])
+    monkeypatch.delitem(sys.modules, 'timm_apvit.drawing')
+    monkeypatch.delattr('timm_apvit.drawing')
+    with pytest.raises(ModuleNotFoundError, match=r"pictures need matplotlib: pip install 'timm-apvit\[pictures\]'"):
+        plot_patches(create(img_size=32), torch.rand(3, 8, 8))

@@ -1,0 +1,221 @@
+"""The command that draws: what it writes, and what it says of bad input."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+from conftest import create
+from PIL import Image
+from safetensors.torch import save_file
+
+from timm_apvit import save_pretrained, show
+from timm_apvit.__main__ import main
+
+
+@pytest.fixture(scope='module')
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp('model')
+    save_pretrained(create(img_size=32, num_patches=4, depth=1), directory)  # type: ignore[arg-type]
+    return directory
+
+
+@pytest.fixture
+def photograph(tmp_path: Path) -> Path:
+    noise = np.random.default_rng(0).integers(0, 256, (30, 50, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / 'photograph.jpg')
+    return tmp_path / 'photograph.jpg'
+
+
+def shows(*arguments: Any) -> int:
+    return main(['show', *map(str, arguments), '--device', 'cpu'])
+
+
+def left_in(directory: Path) -> set[str]:
+    return {path.name for path in directory.iterdir()}
+
+
+def test_picture_and_animation_are_written_and_named(
+    saved: Path, photograph: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    picture, film = tmp_path / 'x.png', tmp_path / 'x.GIF'
+    assert shows(photograph, '--checkpoint', saved, '-o', picture, '--animate', film) == 0
+    assert capsys.readouterr().out == f'{picture}\n{film}\n'
+    with Image.open(picture) as image:
+        assert image.format == 'PNG'
+        assert image.width > 4 * image.height / 2
+    with Image.open(film) as gif:
+        assert gif.format == 'GIF'
+        assert gif.n_frames == 3
+    assert left_in(tmp_path) == {'photograph.jpg', 'x.png', 'x.GIF'}
+
+
+@pytest.mark.parametrize('ending', ['png', 'jpg', 'pdf', 'svg', 'webp'])
+def test_ending_is_the_format(saved: Path, photograph: Path, tmp_path: Path, ending: str) -> None:
+    assert shows(photograph, '--checkpoint', saved, '-o', tmp_path / f'x.{ending}', '--panels', 'image') == 0
+    start = (tmp_path / f'x.{ending}').read_bytes()[:12]
+    marks = {'png': b'PNG', 'jpg': b'\xff\xd8', 'pdf': b'%PDF', 'svg': b'<?xml', 'webp': b'WEBP'}
+    assert marks[ending] in start
+
+
+def test_options_reach_the_picture(
+    saved: Path, photograph: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[Any] = []
+    for name in ('plot_patches', 'compare'):
+        drawn = getattr(show, name)
+        monkeypatch.setattr(show, name, lambda *a, n=name, f=drawn, **k: calls.append((n, a, k)) or f(*a, **k))
+    options = ['--checkpoint', f'local-dir:{saved}', '-o', tmp_path / 'x.png']
+    assert shows(photograph, *options, '--num-patches', '2x3', '--panels', 'sheet,coverage', '--img-size', '20') == 0
+    name, (_, images, budget), style = calls.pop()
+    assert (name, budget, style) == (
+        'plot_patches',
+        (2, 3),
+        {'panels': ('sheet', 'coverage'), 'titles': ['photograph.jpg']},
+    )
+    assert [tuple(image.shape) for image in images] == [(3, 12, 20)]
+    assert shows(photograph, photograph, *options, '--num-patches', '1,5', '--color-by', 'attention') == 0
+    name, (_, images, budgets), style = calls.pop()
+    assert (name, len(images), budgets, style['color_by']) == ('compare', 2, (1, 5), 'attention')
+
+
+def test_checkpoint_is_a_run_or_a_folder_or_on_the_hub(
+    saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sources: list[Any] = []
+    monkeypatch.setattr(show, 'create_model', lambda options, *_, **__: sources.append(options.model))
+    run = tmp_path / 'run'
+    (run / 'best').mkdir(parents=True)
+    (run / 'config.yaml').touch()
+    for name in (str(run), str(saved), f'local-dir:{saved}', 'someone/apvit-birds', 'hf-hub:a/b', 'test_apvit'):
+        show.load_model(name)
+    assert sources == [
+        f'local-dir:{run / "best"}', f'local-dir:{saved}', f'local-dir:{saved}',
+        'hf-hub:someone/apvit-birds', 'hf-hub:a/b', 'test_apvit',
+    ]  # fmt: skip
+
+
+def test_names_that_no_font_has_are_drawn(saved: Path, photograph: Path, tmp_path: Path) -> None:
+    for n, name in enumerate(('鳥の写真.jpg', '$x_{.jpg', 'a\nb.jpg', os.fsdecode(b'\xff.jpg'), 'n' * 200 + '.jpg')):
+        file = photograph.with_name(name)
+        file.write_bytes(photograph.read_bytes())
+        assert shows(file, '--checkpoint', saved, '-o', tmp_path / f'{n}.png', '--panels', 'image') == 0
+
+
+@pytest.mark.parametrize('size', [(1, 1), (1, 700), (700, 1)])
+def test_tiny_and_thin_images_are_drawn(saved: Path, tmp_path: Path, size: tuple[int, int]) -> None:
+    Image.new('L', size, 100).save(tmp_path / 'x.tif')
+    panels = 'image,fixed,adaptive,outlines,sheet,coverage'
+    assert shows(tmp_path / 'x.tif', '--checkpoint', saved, '-o', tmp_path / 'x.png', '--panels', panels) == 0
+    with Image.open(tmp_path / 'x.png') as image:
+        assert max(image.size) < 6000
+
+
+def refused(arguments: list[Any], capsys: pytest.CaptureFixture[str]) -> str:
+    """Run what must fail with a line; return it."""
+    try:
+        status = shows(*arguments)
+    except SystemExit as error:
+        status = error.code if isinstance(error.code, int) else -1
+    assert status == 2
+    out, err = capsys.readouterr()
+    assert out == ''
+    assert err.startswith('error: ')
+    assert err.count('\n') == 1
+    return err
+
+
+def test_rejects_bad_images(saved: Path, photograph: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / 'text.jpg').write_text('no image')
+    (tmp_path / 'cut.jpg').write_bytes(photograph.read_bytes()[:900])
+    before = left_in(tmp_path)
+    for name, message in (
+        ('text.jpg', 'which cannot be read: Pillow does not know its format'),
+        ('cut.jpg', 'which cannot be read: '),
+        ('none.jpg', 'which does not exist'),
+        ('', 'which is a folder'),
+    ):
+        error = refused([photograph, tmp_path / name, '--checkpoint', saved, '-o', tmp_path / 'x.png'], capsys)
+        assert 'expected an image file, got ' in error
+        assert message in error
+    assert left_in(tmp_path) == before
+
+
+def test_rejects_bad_outputs(saved: Path, photograph: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / 'folder.png').mkdir()
+    before = left_in(tmp_path)
+    for outputs, message in (
+        (['-o', tmp_path / 'x.xyz'], r'expected --output to end in .'),
+        (['-o', tmp_path / 'x'], 'expected --output to end in .'),
+        (['-o', tmp_path / 'none/x.png'], 'in a folder that exists'),
+        (['-o', tmp_path / 'folder.png'], 'in a folder that exists'),
+        (['-o', photograph], 'another file than the images'),
+        (['-o', '/proc/x.png'], 'error: '),
+        (['--animate', tmp_path / 'x.png'], 'expected --animate to end in .gif'),
+        ([], 'expected --output FILE, --animate FILE.gif or both, got neither'),
+    ):
+        assert message in refused([photograph, '--checkpoint', saved, *outputs], capsys)
+    assert left_in(tmp_path) == before
+
+
+def test_failed_write_leaves_what_was_there(
+    saved: Path, photograph: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / 'x.png').write_text('the picture before')
+
+    def full(path: Path, data: bytes) -> int:
+        with path.open('wb') as file:
+            file.write(data[: len(data) // 2])
+        raise OSError(28, 'No space left on device')
+
+    monkeypatch.setattr(Path, 'write_bytes', full)
+    error = refused([photograph, '--checkpoint', saved, '-o', tmp_path / 'x.png'], capsys)
+    assert 'No space left on device' in error
+    assert (tmp_path / 'x.png').read_text() == 'the picture before'
+    assert left_in(tmp_path) == {'photograph.jpg', 'x.png'}
+
+
+def test_rejects_bad_checkpoints(
+    saved: Path, photograph: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    vit = tmp_path / 'vit'
+    timm.models.save_for_hf(timm.create_model('test_vit'), vit, safe_serialization=True)
+    broken = tmp_path / 'broken'
+    broken.mkdir()
+    (broken / 'config.json').write_text((saved / 'config.json').read_text())
+    save_file({'nothing': torch.zeros(1)}, broken / 'model.safetensors')
+    (tmp_path / 'run').mkdir()
+    (tmp_path / 'run/config.yaml').touch()
+    for checkpoint, message in (
+        (vit, "expected an APViT, got 'local-dir:"),
+        ('test_vit', "expected an APViT, got 'test_vit', which is a VisionTransformer"),
+        ('resnet18', "expected an APViT, got 'resnet18', which is a ResNet"),
+        (broken, 'cannot create local-dir:'),
+        (tmp_path / 'run', 'expected a run with a saved model, got '),
+        (tmp_path, 'which holds neither config.yaml nor config.json'),
+        (photograph, 'a file'),
+        ('no_such_model', 'expected a registered model'),
+        ('local-dir:/no/such', 'expected a folder with a model'),
+        ('/no/such/folder', 'expected a registered model'),
+        ('', 'expected'),
+    ):
+        error = refused([photograph, '--checkpoint', checkpoint, '-o', tmp_path / 'x.png'], capsys)
+        assert message in error
+    assert not (tmp_path / 'x.png').exists()
+
+
+def test_rejects_bad_options(saved: Path, photograph: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    good = [photograph, '--checkpoint', saved, '-o', tmp_path / 'x.png']
+    for options, message in (
+        (['--num-patches', '0'], 'expected N or GHxGW'),
+        (['--panels', 'image,x'], 'expected panels among image, fixed'),
+        (['--color-by', 'x'], 'invalid choice'),
+        (['--img-size', '0'], 'expected an integer >= 1'),
+    ):
+        assert message in refused([*good, *options], capsys)
+    assert 'the following arguments are required: IMAGE' in refused(good[1:], capsys)
+    assert main(['show', *map(str, good), '--device', 'nothing']) == 2
+    assert 'expected a device that is there' in capsys.readouterr().err
