@@ -50,8 +50,8 @@ def test_convention_pixels_that_move_a_patch_lie_within_its_outline(transform: s
         side = torch.linalg.svdvals(view.outlines[n][[12, 36]] - view.outlines[n][[0, 0]]).max().item()
         sample = max(1.0, side / 16)
         # Interpolation at the mip level reaches beyond the outline, but not by three samples, and thinly.
-        assert weight[~inside(view.outlines[n], size, margin=3 * sample)].sum() == 0
-        assert weight[inside(view.outlines[n], size, margin=sample / 2)].sum() > 0.85 * weight.sum()
+        assert weight[~inside(view.outlines[n], size, margin=3 * sample)].sum() < 1e-6 * weight.sum()
+        assert weight[inside(view.outlines[n], size, margin=sample / 2)].sum() > 0.97 * weight.sum()
         touched = weight > 0
         assert touched[inside(view.outlines[n], size, margin=-2.0)].all()
         assert inside(view.outlines[n], size, margin=-2.0).sum() > 20

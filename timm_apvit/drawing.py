@@ -10,7 +10,7 @@ from matplotlib import colormaps
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cm import ScalarMappable
 from matplotlib.collections import LineCollection
-from matplotlib.colors import ListedColormap, PowerNorm
+from matplotlib.colors import ListedColormap, PowerNorm, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.path import Path
 from matplotlib.patheffects import withStroke
@@ -30,6 +30,7 @@ DARKEST = 0.25  # of that scale, where it colours lines
 FEW = 64  # patches up to which lines are thick and centres are marked
 # Panels narrower or wider than this would not fit a page: there an image is stretched.
 NARROWEST = 1 / 6
+TIGHT: dict[str, Any] = {'bbox_inches': 'tight', 'pad_inches': 0.05}  # how a figure is saved without empty margins
 HEAT_CELLS = 256  # of a coverage map along its longer side
 
 
@@ -43,7 +44,7 @@ class Picture(Figure):
 def png_bytes(figure: Any) -> bytes:
     """A figure as a PNG file."""
     file = io.BytesIO()
-    figure.savefig(file, format='png', dpi=100)
+    figure.savefig(file, format='png', dpi=100, **TIGHT)
     return file.getvalue()
 
 
@@ -54,6 +55,22 @@ def rendered(figure: Any, dpi: int) -> Array:
     canvas.draw()
     pixels: Array = np.asarray(canvas.buffer_rgba())[..., :3].copy()
     return pixels
+
+
+def gif_bytes(frames: Sequence[Array], seconds: float) -> bytes:
+    """Frames ``(h, w, 3)`` of one size as a GIF file, whose 256 colours have those of lines among them."""
+    from PIL import Image
+
+    lines = [*(to_rgb(colour) for colour in PALETTE), *colormaps[SCALE](np.linspace(DARKEST, 1, 24))[:, :3].tolist()]
+    images = [Image.fromarray(frame) for frame in frames]
+    # Thin lines are too few pixels to be given colours of their own by the frames.
+    common = Image.fromarray(np.concatenate([frame[::2, ::2] for frame in frames])).quantize(256 - len(lines))
+    colours = (common.getpalette() or [])[: 3 * (256 - len(lines))]
+    common.putpalette([*colours, *(round(255 * value) for colour in lines for value in colour)])
+    shown = [image.quantize(palette=common, dither=Image.Dither.NONE) for image in images]
+    file = io.BytesIO()
+    shown[0].save(file, 'GIF', save_all=True, append_images=shown[1:], duration=round(1000 * seconds), loop=0)
+    return file.getvalue()
 
 
 def panel_aspect(view: PatchView) -> float:

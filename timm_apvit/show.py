@@ -170,7 +170,7 @@ def draw(model: APViT, given: dict[str, Any]) -> dict[Path, bytes]:
             )
             file = io.BytesIO()
             path = Path(given['output'])
-            figure.savefig(file, format=path.suffix[1:].lower(), dpi=DPI)
+            figure.savefig(file, format=path.suffix[1:].lower(), dpi=DPI, bbox_inches='tight', pad_inches=0.05)
             drawn[path] = file.getvalue()
         if 'animate' in given:
             drawn[Path(given['animate'])] = animate(model, images, budgets, **style)

@@ -4,7 +4,6 @@
 makes a GIF of that. What each image is drawn as is a choice of panels.
 """
 
-import io
 import os
 from collections.abc import Sequence
 from itertools import chain
@@ -149,8 +148,6 @@ def animate(
         ModuleNotFoundError, FileNotFoundError, ValueError: as `plot_patches`.
     """
     drawing = _drawing()
-    from PIL import Image
-
     read, names = _checked(model, images, titles, panels, color_by)
     attention = color_by == 'attention'
     views = [[view_patches(model, image, n, attention) for image in read] for n in _budgets(model, num_patches)]
@@ -158,12 +155,9 @@ def animate(
     frames = []
     for each in views:
         rows = [_panels(view, name, panels) for view, name in zip(each, names, strict=True)]
-        frames.append(Image.fromarray(drawing.rendered(_figure(rows, crowded), dpi=100)))
-    file = io.BytesIO()
-    frames[0].save(
-        file, 'GIF', save_all=True, append_images=frames[1:], duration=round(1000 * seconds), loop=0, optimize=False
-    )
-    return file.getvalue()
+        frames.append(drawing.rendered(_figure(rows, crowded), dpi=100))
+    file: bytes = drawing.gif_bytes(frames, seconds)
+    return file
 
 
 def default_budgets(model: APViT) -> list[NumPatches]:

@@ -30,7 +30,7 @@ def save_picture(model: APViT, splits: Splits, data_config: dict[str, Any], path
     pixels = (images * std + mean).clamp(0, 1)
     figure = plot_patches(model, pixels, panels=('image', 'outlines'), titles=titles, images_per_row=2)
     with replacing(path) as unfinished:
-        figure.savefig(unfinished, dpi=100)
+        figure.savefig(unfinished, dpi=100, bbox_inches='tight', pad_inches=0.05)
 
 
 def epoch_line(row: Row, epochs: int) -> str:
