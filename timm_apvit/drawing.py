@@ -61,7 +61,7 @@ def gif_bytes(frames: Sequence[Array], seconds: float) -> bytes:
     """Frames ``(h, w, 3)`` of one size as a GIF file, whose 256 colours have those of lines among them."""
     from PIL import Image
 
-    lines = [*(to_rgb(colour) for colour in PALETTE), *colormaps[SCALE](np.linspace(DARKEST, 1, 24))[:, :3].tolist()]
+    lines = [*map(to_rgb, ('white', 'black', *PALETTE)), *colormaps[SCALE](np.linspace(DARKEST, 1, 24))[:, :3].tolist()]
     images = [Image.fromarray(frame) for frame in frames]
     # Thin lines are too few pixels to be given colours of their own by the frames.
     common = Image.fromarray(np.concatenate([frame[::2, ::2] for frame in frames])).quantize(256 - len(lines))
