@@ -7,8 +7,9 @@
 | ``HEAD`` and ``GET /ns/name/resolve/REVISION/FILE`` | the file, with ``X-Repo-Commit``, ``ETag``, ``Content-Length`` |
 | ``GET /api/models/ns/name[/revision/REVISION]`` | ``{"id", "sha", "siblings": [{"rfilename"}]}`` |
 
-Another call is another row of `ROUTES`. huggingface_hub reads its environment when it is imported, so whatever talks to
-the server runs in a process of its own: `create_models` starts one for a list of ``timm.create_model`` calls.
+Another call is another row of `ROUTES`; those of uploads are in `hub_uploads`. huggingface_hub reads its environment
+when it is imported, so whatever talks to the server runs in a process of its own: `create_models` starts one for a list
+of ``timm.create_model`` calls.
 """
 
 import hashlib
@@ -30,9 +31,9 @@ import torch
 
 REPOSITORY = r'(?P<repository>[\w.-]+/[\w.-]+)'
 ROUTES = (
-    ('HEAD', re.compile(rf'/{REPOSITORY}/resolve/(?P<revision>[\w.-]+)/(?P<file>.+)'), 'send_repository_file'),
-    ('GET', re.compile(rf'/{REPOSITORY}/resolve/(?P<revision>[\w.-]+)/(?P<file>.+)'), 'send_repository_file'),
-    ('GET', re.compile(rf'/api/models/{REPOSITORY}(/revision/(?P<revision>[\w.-]+))?'), 'send_model_info'),
+    ('HEAD', re.compile(rf'/{REPOSITORY}/resolve/(?P<revision>[^/]+)/(?P<file>.+)'), 'send_repository_file'),
+    ('GET', re.compile(rf'/{REPOSITORY}/resolve/(?P<revision>[^/]+)/(?P<file>.+)'), 'send_repository_file'),
+    ('GET', re.compile(rf'/api/models/{REPOSITORY}(/revision/(?P<revision>[^/]+))?'), 'send_model_info'),
 )
 
 
@@ -47,8 +48,8 @@ class HubServer(ThreadingHTTPServer):
 
     daemon_threads = True
 
-    def __init__(self, repositories: dict[str, dict[str, bytes]]) -> None:
-        super().__init__(('127.0.0.1', 0), HubRequestHandler)
+    def __init__(self, repositories: dict[str, dict[str, bytes]], handler: type['HubRequestHandler'] | None = None):
+        super().__init__(('127.0.0.1', 0), handler or HubRequestHandler)
         self.repositories = repositories
         self.truncate_once: set[str] = set()
         self.requests: list[str] = []
@@ -65,12 +66,22 @@ class HubServer(ThreadingHTTPServer):
             digest.update(name.encode() + hashlib.sha256(content).digest())
         return digest.hexdigest()
 
+    def at(self, repository: str, revision: str | None) -> tuple[str, dict[str, bytes]] | None:
+        """The commit that a revision names, and its files; None: there is no such revision."""
+        commit = self.commit(repository)
+        return (commit, self.repositories[repository]) if revision in (None, 'main', commit) else None
+
+    def may_read(self, repository: str, authorization: str | None) -> bool:
+        """Whether someone sees that a repository exists."""
+        return repository in self.repositories
+
 
 class HubRequestHandler(BaseHTTPRequestHandler):
     """Answer one connection's requests by the table `ROUTES`."""
 
     protocol_version = 'HTTP/1.1'
     server: HubServer
+    routes = ROUTES
 
     def do_HEAD(self) -> None:
         """Answer a ``HEAD`` request."""
@@ -82,27 +93,28 @@ class HubRequestHandler(BaseHTTPRequestHandler):
 
     def route(self) -> None:
         """Call the handler of the first row of `ROUTES` that matches, or answer 404."""
-        path = unquote(urlsplit(self.path).path)
-        self.server.requests.append(f'{self.command} {path}')
-        for command, pattern, handler in ROUTES:
+        path = urlsplit(self.path).path
+        self.server.requests.append(f'{self.command} {unquote(path)}')
+        for command, pattern, handler in self.routes:
             if command == self.command and (match := pattern.fullmatch(path)):
-                getattr(self, handler)(**match.groupdict())
+                values = {key: value and unquote(value) for key, value in match.groupdict().items()}
+                getattr(self, handler)(**values)
                 return
         self.send_missing('EntryNotFound')
 
     def send_repository_file(self, repository: str, revision: str, file: str) -> None:
         """Answer with a file's bytes, or with its headers alone."""
-        files = self.server.repositories.get(repository)
-        if files is None:
+        if not self.server.may_read(repository, self.headers['Authorization']):
             self.send_missing('RepoNotFound')
-        elif revision not in ('main', self.server.commit(repository)):
+        elif (found := self.server.at(repository, revision)) is None:
             self.send_missing('RevisionNotFound')
-        elif file not in files:
-            self.send_missing('EntryNotFound', commit=self.server.commit(repository))
+        elif file not in found[1]:
+            self.send_missing('EntryNotFound', commit=found[0])
         else:
+            commit, files = found
             content = files[file]
             headers = {
-                'X-Repo-Commit': self.server.commit(repository),
+                'X-Repo-Commit': commit,
                 'ETag': f'"{hashlib.sha256(content).hexdigest()}"',
             }
             if self.command == 'GET' and f'{repository}/{file}' in self.server.truncate_once:
@@ -112,14 +124,19 @@ class HubRequestHandler(BaseHTTPRequestHandler):
 
     def send_model_info(self, repository: str, revision: str | None) -> None:
         """Answer with a repository's commit and the names of its files."""
-        if repository not in self.server.repositories:
+        if not self.server.may_read(repository, self.headers['Authorization']):
             self.send_missing('RepoNotFound')
-        elif revision not in (None, 'main', self.server.commit(repository)):
+        elif (found := self.server.at(repository, revision)) is None:
             self.send_missing('RevisionNotFound')
         else:
-            siblings = [{'rfilename': name} for name in sorted(self.server.repositories[repository])]
-            info = {'id': repository, 'sha': self.server.commit(repository), 'siblings': siblings}
-            self.send_body(HTTPStatus.OK, json.dumps(info).encode(), {'Content-Type': 'application/json'})
+            commit, files = found
+            private = repository in getattr(self.server, 'private', ())
+            siblings = [{'rfilename': name} for name in sorted(files)]
+            self.send_json({'id': repository, 'sha': commit, 'private': private, 'siblings': siblings})
+
+    def send_json(self, value: Any, status: HTTPStatus = HTTPStatus.OK) -> None:
+        """Answer with JSON."""
+        self.send_body(status, json.dumps(value).encode(), {'Content-Type': 'application/json'})
 
     def send_missing(self, error_code: str, commit: str | None = None) -> None:
         """Answer 404 with the Hub's own word for what is missing."""
@@ -141,9 +158,9 @@ class HubRequestHandler(BaseHTTPRequestHandler):
 
 
 @contextmanager
-def serve(repositories: dict[str, dict[str, bytes]]) -> Iterator[HubServer]:
+def serve(repositories: dict[str, dict[str, bytes]], kind: type[HubServer] = HubServer) -> Iterator[Any]:
     """Run a `HubServer` in a thread for the length of a ``with`` block."""
-    with HubServer(repositories) as server:
+    with kind(repositories) as server:
         thread = threading.Thread(target=server.serve_forever, kwargs={'poll_interval': 0.05}, daemon=True)
         thread.start()
         try:
@@ -170,6 +187,8 @@ for name, (model_name, kwargs, shape) in json.loads(sys.argv[1]).items():
         image = torch.randn(shape, generator=torch.Generator().manual_seed(0))
         features = getattr(model, "forward_features", model)(image)
         results[name] = {"features": features, "logits": None if kwargs.get("features_only") else model(image)}
+    if isinstance(model, timm_apvit.APViT):
+        results[name] |= {"args": model.adaptive_args(), "label_names": model.pretrained_cfg.get("label_names")}
 torch.save(results, sys.argv[2])
 """
 
@@ -190,22 +209,26 @@ def client_environment(endpoint: str, home: Path) -> dict[str, str]:
     }
 
 
-def create_models(server: HubServer, home: Path, calls: dict[str, tuple[str, dict[str, Any], list[int]]]) -> Any:
+def create_models(
+    server: HubServer, home: Path, calls: dict[str, tuple[str, dict[str, Any], list[int]]], **environment: str
+) -> Any:
     """Create pretrained models from `server`, in order, in one fresh process.
 
     Args:
         server: Where the process finds the Hub.
-        home: An empty folder for its cache.
+        home: A folder for its cache.
         calls: ``{name: (model name, keyword arguments, image shape (B, C, H, W))}``.
+        environment: Further variables of the process, such as ``HF_TOKEN``.
 
     Returns:
-        ``{name: {"features", "logits"}}`` of ``torch.randn`` seeded with 0, or ``{name: {"error": "Type: message"}}``.
+        ``{name: {"features", "logits", "args", "label_names"}}``, outputs of ``torch.randn`` seeded with 0, or
+        ``{name: {"error": "Type: message"}}``.
     """
-    home.mkdir(parents=True)
+    home.mkdir(parents=True, exist_ok=True)
     result = home / 'result.pt'
     process = subprocess.run(
         [sys.executable, '-W', 'error', '-c', CLIENT, json.dumps(calls), str(result)],
-        env=client_environment(server.endpoint, home),
+        env=client_environment(server.endpoint, home) | environment,
         cwd=Path(__file__).parents[1],
         capture_output=True,
         text=True,

@@ -10,7 +10,8 @@ over pixel edges, sizes are (h, w).
 """
 
 from timm_apvit.apvit import vit_name
-from timm_apvit.hub import save_pretrained
+from timm_apvit.card import CardDetails
+from timm_apvit.hub import Pushed, push_to_hub, save_pretrained
 from timm_apvit.patching import AdaptivePatching
 from timm_apvit.pos_embed import interpolate_pos_embed, resample_pos_embed
 from timm_apvit.transforms import TRANSFORMS, PatchGeometry
@@ -22,9 +23,12 @@ __all__ = [
     'TRANSFORMS',
     'APViT',
     'AdaptivePatching',
+    'CardDetails',
     'PatchGeometry',
+    'Pushed',
     '__version__',
     'interpolate_pos_embed',
+    'push_to_hub',
     'resample_pos_embed',
     'save_pretrained',
     'vit_name',

@@ -9,7 +9,26 @@ from timm_apvit import __version__
 from timm_apvit.finetuning.command import finetune
 from timm_apvit.finetuning.evaluate import add_evaluate_arguments, evaluate_command
 from timm_apvit.finetuning.options import add_arguments
+from timm_apvit.finetuning.push import add_push_arguments, push_command
 from timm_apvit.show import add_show_arguments, show_command
+
+
+COMMANDS = (
+    ('finetune', 'fine-tune a model on a folder of images, or on embedded digits', add_arguments, finetune),
+    (
+        'evaluate',
+        'measure accuracy, cost and speed of a model at several numbers of patches',
+        add_evaluate_arguments,
+        evaluate_command,
+    ),
+    ('show', 'draw where a model looks in images, and what its patches hold', add_show_arguments, show_command),
+    (
+        'push',
+        'push a run, or a saved model, to the Hugging Face Hub, with a model card',
+        add_push_arguments,
+        push_command,
+    ),
+)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -24,18 +43,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = _Parser(prog='python -m timm_apvit', description='Vision Transformers with adaptive patches.')
     parser.add_argument('--version', action='version', version=f'timm-apvit {__version__}')
     commands = parser.add_subparsers(required=True, metavar='COMMAND')
-    help_text = 'fine-tune a model on a folder of images, or on embedded digits'
-    command = commands.add_parser('finetune', help=help_text, description=help_text[0].upper() + help_text[1:] + '.')
-    add_arguments(command)
-    command.set_defaults(run=finetune)
-    help_text = 'measure accuracy, cost and speed of a model at several numbers of patches'
-    command = commands.add_parser('evaluate', help=help_text, description=help_text[0].upper() + help_text[1:] + '.')
-    add_evaluate_arguments(command)
-    command.set_defaults(run=evaluate_command)
-    help_text = 'draw where a model looks in images, and what its patches hold'
-    command = commands.add_parser('show', help=help_text, description=help_text[0].upper() + help_text[1:] + '.')
-    add_show_arguments(command)
-    command.set_defaults(run=show_command)
+    for name, help_text, add, run in COMMANDS:
+        command = commands.add_parser(name, help=help_text, description=f'{help_text[0].upper()}{help_text[1:]}.')
+        add(command)
+        command.set_defaults(run=run)
     given = vars(parser.parse_args(arguments))
     run = given.pop('run')
     return int(run(given))

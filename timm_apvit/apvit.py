@@ -9,7 +9,7 @@ from typing import Any
 from timm.models import build_model_with_cfg, generate_default_cfgs, get_arch_pretrained_cfgs, register_model
 
 from timm_apvit.vision_transformer import APViT
-from timm_apvit.weights import checkpoint_filter_fn
+from timm_apvit.weights import checkpoint_filter_fn, source_repository
 
 _VIT_NAMES = {
     'apvit_tiny': 'vit_tiny_patch16_224',
@@ -55,6 +55,8 @@ def _create(name: str, pretrained: bool, model_args: dict[str, Any], kwargs: dic
         feature_cfg={'out_indices': out_indices, 'feature_cls': 'getter'},
         **{**model_args, **kwargs},
     )
+    if pretrained and isinstance(model, APViT):  # features_only wraps it
+        model.base_model = source_repository(model.pretrained_cfg)
     return model
 
 

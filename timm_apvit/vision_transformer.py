@@ -54,10 +54,15 @@ class APViT(VisionTransformer):  # type: ignore[misc]
             other training: to PyTorch's DistributedDataParallel these parameters are unused.
         kwargs: those of timm's ``VisionTransformer``.
 
+    Attributes:
+        base_model: repository on the Hub that ``pretrained=True`` took the weights from, if it did.
+
     Raises:
         ValueError: an argument out of range.
         TypeError: an unknown argument.
     """
+
+    base_model: Optional[str] = None
 
     __jit_unused_properties__ = ['num_patches']  # noqa: RUF012  TorchScript compiles every other property
 

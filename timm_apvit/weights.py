@@ -1,6 +1,8 @@
 """Checkpoints: what fits a model is adapted to it, and anything else is refused by the names of its keys."""
 
+import json
 import re
+from pathlib import Path
 from typing import Any
 
 from timm.models import VisionTransformer, adapt_input_conv
@@ -77,6 +79,19 @@ def _fit_channels(state_dict: dict[str, Tensor], model: VisionTransformer) -> No
         model.pretrained_cfg['first_conv'] = None
     if _STEM in state_dict and state_dict[_STEM].shape[1] != in_chans:
         state_dict[_STEM] = adapt_input_conv(in_chans, state_dict[_STEM])
+
+
+def source_repository(pretrained_cfg: dict[str, Any]) -> str | None:
+    """The repository on the Hub that timm takes pretrained weights from; None: a file, or it is not known."""
+    source = pretrained_cfg.get('source')
+    if source == 'local-dir':
+        # What was saved says it, if it was saved by us.
+        base: str | None = json.loads(Path(pretrained_cfg['file'], 'config.json').read_text()).get('base_model')
+        return base
+    if source != 'hf-hub' and (pretrained_cfg.get('file') or pretrained_cfg.get('state_dict')):
+        return None
+    repository = pretrained_cfg.get('hf_hub_id')
+    return str(repository).partition('@')[0] if repository else None
 
 
 def check_npz(path: str, model: VisionTransformer) -> None:

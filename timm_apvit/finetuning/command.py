@@ -17,6 +17,7 @@ from timm_apvit.finetuning.failures import explain
 from timm_apvit.finetuning.logs import MetricsLog
 from timm_apvit.finetuning.parsing import count, format_budget
 from timm_apvit.finetuning.preparation import Run, opened, prepare
+from timm_apvit.finetuning.push import again, push_directory, tell
 from timm_apvit.finetuning.report import epoch_line, save_picture, summarise, table
 from timm_apvit.finetuning.training import Row, train
 from timm_apvit.hub import save_pretrained
@@ -41,6 +42,7 @@ def finetune(given: dict[str, Any]) -> int:
             runs.append(_together(lambda: prepare(given)))
             _together(lambda: stack.enter_context(opened(runs[0])))
             execute(runs[0])
+        return _push(runs[0]) if is_main() and runs[0].options.push_to_hub is not None else 0
     except RefusedError as error:
         return _fail(str(error), 2) if is_main() else 2
     # RuntimeError: out of memory, a lost process, and what else torch finds only when it computes.
@@ -55,7 +57,6 @@ def finetune(given: dict[str, Any]) -> int:
         if is_main():
             _echo(f'interrupted; continue with --resume {runs[0].directory}' if runs else 'interrupted before it began')
         return 130
-    return 0
 
 
 def _together(act: Callable[[], T]) -> T:
@@ -104,6 +105,19 @@ def execute(run: Run) -> None:
     best = f'local-dir:{run.directory / BEST}'
     save_picture(timm.create_model(best, pretrained=True), run.splits, run.data_config, picture)
     _echo(f"picture     {picture}\nbest model  timm.create_model('{best}', pretrained=True)")
+
+
+def _push(run: Run) -> int:
+    """Push the best model of a finished run; return the exit status."""
+    repo_id, private = str(run.options.push_to_hub), run.options.private
+    kept = f'\nthe run is whole in {run.directory}; push it again with\n    {again(run.directory, repo_id, private)}'
+    try:
+        tell(push_directory({'directory': run.directory, 'repo_id': repo_id, 'private': private or None}))
+    except (ValueError, OSError) as error:
+        return _fail(f'{error}{kept}', 1)
+    except KeyboardInterrupt:
+        return _fail(f'interrupted while pushing{kept}', 130)
+    return 0
 
 
 def _train(

@@ -37,8 +37,8 @@ EMBEDDED_MODEL_KWARGS: dict[str, Any] = {
     'global_pool': 'avg',
     'weight_init': 'jax',
 }
-# These change where and how fast a run computes, not what: --resume takes them anew.
-RUNTIME_OPTIONS = frozenset({'output', 'resume', 'workers', 'device', 'threads', 'timeout'})
+# These change where and how fast a run computes, and where it goes, not what: --resume takes them anew.
+RUNTIME_OPTIONS = frozenset({'output', 'resume', 'workers', 'device', 'threads', 'timeout', 'push_to_hub', 'private'})
 # These too, but a run keeps them until --resume changes them: whether it fits into memory, and what it tells.
 CHANGEABLE_OPTIONS = frozenset({'grad_accum', 'grad_checkpointing', 'compile', 'tensorboard'})
 
@@ -92,6 +92,8 @@ class Options(DataOptions):
     threads: int | None = None
     device: str | None = None
     tensorboard: bool = False
+    push_to_hub: str | None = None
+    private: bool = False
     output: str | None = None
     resume: str | None = None
 
@@ -183,6 +185,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action=argparse.BooleanOptionalAction,
         help='write the metrics for TensorBoard too (default: no: metrics.csv and metrics.jsonl have them all)',
     )
+    add(
+        '--push-to-hub',
+        metavar='REPO_ID',
+        help='push the best model to this repository of the Hugging Face Hub after the run, with a card that shows the '
+        'picture; also with --resume (default: not; python -m timm_apvit push has more options)',
+    )
+    add('--private', action='store_true', help='make that repository private, if it is new (default: public)')
     add(
         '--workers',
         type=number(int, 0),

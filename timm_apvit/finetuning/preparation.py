@@ -28,7 +28,13 @@ from timm_apvit.finetuning.logs import check_tensorboard
 from timm_apvit.finetuning.models import create_model, start_model
 from timm_apvit.finetuning.options import Options
 from timm_apvit.finetuning.schedule import Schedule
-from timm_apvit.finetuning.soundness import check_batches, check_epochs, check_focus, check_options
+from timm_apvit.finetuning.soundness import (
+    check_batches,
+    check_destination,
+    check_epochs,
+    check_focus,
+    check_options,
+)
 from timm_apvit.finetuning.sources import is_path, load_splits
 from timm_apvit.finetuning.teachers import create_distillation
 from timm_apvit.finetuning.training import STATE_KEYS
@@ -91,6 +97,7 @@ def prepare(given: dict[str, Any]) -> Run:
         if is_main():
             check_vacant(directory)
         states = []
+    check_destination(options)
     schedule = _schedule(options)
     if options.threads is not None:
         torch.set_num_threads(options.threads)

@@ -1,10 +1,12 @@
 """Options that contradict each other, and batches that cannot be divided."""
 
 from timm_apvit.finetuning.distillation import check_attends
+from timm_apvit.finetuning.distributed import is_main
 from timm_apvit.finetuning.options import Options
 from timm_apvit.finetuning.parsing import flag
 from timm_apvit.finetuning.schedule import Schedule
 from timm_apvit.finetuning.sharing import Share
+from timm_apvit.hub_access import check_access
 from timm_apvit.vision_transformer import APViT
 
 TEACHING = ('distill_weight', 'distill_temperature', 'token_weight', 'attention_weight')
@@ -30,6 +32,19 @@ def check_options(options: Options) -> None:
         raise ValueError('expected a --jitter above 0 for --jitter-epochs to lower, got none')
     if options.mixup_prob != usual.mixup_prob and not (options.mixup or options.cutmix):
         raise ValueError('expected --mixup or --cutmix with --mixup-prob, got neither')
+
+
+def check_destination(options: Options) -> None:
+    """Ask the Hub, without writing, whether the model can be pushed to where the options say.
+
+    Raises:
+        ValueError: a malformed name, or an option that needs one.
+        OSError: the Hub does not answer, or does not let this token write there.
+    """
+    if options.push_to_hub is not None and is_main():
+        check_access(options.push_to_hub)
+    if options.private and options.push_to_hub is None:
+        raise ValueError('expected --push-to-hub with --private, got none')
 
 
 def check_focus(model: APViT, options: Options, guide_weight: float) -> None:

@@ -1,0 +1,285 @@
+"""Model cards: what a model on the Hub is, how to use it, what it is worth, and where it ends."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+from huggingface_hub import EvalResult, ModelCardData
+
+from timm_apvit.vision_transformer import APViT
+
+TAGS = ('timm', 'apvit')
+PICTURE = 'patches.png'
+# Columns of the table of results: key of a row, title, format.
+COLUMNS = (
+    ('top1', 'top-1', '.3f'),
+    ('top5', 'top-5', '.3f'),
+    ('loss', 'loss', '.3f'),
+    ('multiply_adds', 'M multiply-adds', '.1f'),
+)
+MOST_LABELS = 20
+
+
+@dataclass(frozen=True)
+class CardDetails:
+    """What a model card says that the model itself does not know.
+
+    Args:
+        base_model: repository on the Hub of the weights that the training started from, such as
+            ``'timm/vit_small_patch16_224.augreg_in21k_ft_in1k'``; default: where ``pretrained=True`` took them from.
+        license: identifier of a license that the Hub knows, such as ``'apache-2.0'``; default: that of the source
+            weights, if they are known.
+        datasets: on the Hub, that the model was trained on, such as ``('uoft-cs/cifar10',)``.
+        results: what ``python -m timm_apvit evaluate --json`` wrote: its ``rows`` have at least ``budget``,
+            ``num_patches`` and ``top1``. A ``note`` says how they came about.
+        results_dataset: what the results were measured on, as identifier and name.
+        training: configuration of the training, as YAML.
+        picture: a PNG file that shows where the model looks.
+    """
+
+    base_model: str | None = None
+    license: str | None = None
+    datasets: Sequence[str] = ()
+    results: Mapping[str, Any] | None = None
+    results_dataset: tuple[str, str] = ('imagefolder', 'the images that it was evaluated on')
+    training: str | None = None
+    picture: Path | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.datasets, str):
+            raise ValueError(f'expected a sequence of datasets, got the string {self.datasets!r}')
+        if self.results is not None:
+            check_results(self.results)
+        if self.picture is not None and not Path(self.picture).is_file():
+            raise FileNotFoundError(f'expected a picture, got {str(self.picture)!r}, which is not a file')
+
+
+def check_results(results: Any) -> None:
+    """Raise ValueError unless a table can be made of results."""
+    rows = results.get('rows') if isinstance(results, Mapping) else None
+    if not isinstance(rows, list | tuple) or not rows or not all(isinstance(row, Mapping) for row in rows):
+        raise ValueError(f'expected results with rows, as evaluate writes them, got {_shortened(results)}')
+    for row in rows:
+        if not isinstance(row.get('top1'), int | float) or not {'budget', 'num_patches'} <= row.keys():
+            raise ValueError(f'expected rows with budget, num_patches and top1, got {_shortened(row)}')
+
+
+def model_card(
+    model: APViT,
+    repo_id: str,
+    *,
+    label_names: Sequence[str] | None = None,
+    revision: str | None = None,
+    details: CardDetails | None = None,
+) -> str:
+    """The text of a README.md for a model on the Hub, with its front matter.
+
+    Args:
+        model: with the weights that are pushed.
+        repo_id: ``'namespace/name'``.
+        label_names: of its classes, in order.
+        revision: that it is pushed to, if not the default.
+        details: what the model does not know of itself.
+    """
+    details = details or CardDetails()
+    base = _base_model(model, repo_id, details)
+    name = f'hf-hub:{repo_id}' + (f'@{revision}' if revision else '')
+    sections = [
+        f'# {repo_id.partition("/")[2] or repo_id}',
+        _introduction(model, label_names, base),
+        '## Use\n\n' + _usage(model, name, label_names),
+        '## Model\n\n' + _facts(model),
+    ]
+    if details.results is not None:
+        sections.append('## Accuracy and speed\n\n' + results_table(details.results, details.results_dataset[1]))
+    if details.picture is not None:
+        sections.append(
+            f'## Where it looks\n\n![Images, and the outlines of the patches that the model reads]({PICTURE})\n\n'
+            'Each image, and what its patches cover.'
+        )
+    if details.training is not None:
+        sections.append(
+            '## Training\n\n`python -m timm_apvit finetune` with\n\n' + _fenced(details.training.strip(), 'yaml')
+        )
+    sections.append('## Limits\n\n' + _limits(model, base, details))
+    front = _front_matter(model, repo_id, base, details).to_yaml()
+    return f'---\n{front}\n---\n\n' + '\n\n'.join(sections) + '\n'
+
+
+def _front_matter(model: APViT, repo_id: str, base: str | None, details: CardDetails) -> ModelCardData:
+    """The metadata that the Hub reads."""
+    task = 'image-classification' if model.num_classes else 'image-feature-extraction'
+    data: dict[str, Any] = {
+        'library_name': 'timm',
+        'pipeline_tag': task,
+        'tags': [task, *TAGS],
+        'license': details.license or (_license(model, base) if base else None),
+        'datasets': list(details.datasets) or None,
+    }
+    if base:
+        data |= {'base_model': base, 'base_model_relation': 'finetune'}
+    if details.results is not None:
+        data |= {'model_name': repo_id.partition('/')[2] or repo_id, 'metrics': ['accuracy']}
+        data['eval_results'] = [result for row in details.results['rows'] for result in _metrics(row, details)]
+    return ModelCardData(**{key: value for key, value in data.items() if value is not None})
+
+
+def _metrics(row: Mapping[str, Any], details: CardDetails) -> list[EvalResult]:
+    """The accuracies of a row, as the Hub's model index has them."""
+    kind, name = details.results_dataset
+    return [
+        EvalResult(
+            task_type='image-classification',
+            dataset_type=kind,
+            dataset_name=name,
+            metric_type='accuracy',
+            metric_name=f'{title} accuracy at {row["budget"]} patches',
+            metric_value=round(float(row[key]), 5),
+            metric_args={'num_patches': row['num_patches']},
+        )
+        for key, title in (('top1', 'top-1'), ('top5', 'top-5'))
+        if key in row
+    ]
+
+
+def _base_model(model: APViT, repo_id: str, details: CardDetails) -> str | None:
+    """The repository of the source weights; that of the model itself is none."""
+    base = details.base_model or model.base_model
+    return None if base == repo_id else base
+
+
+def _license(model: APViT, base: str) -> str | None:
+    """The license of source weights, out of timm's configuration of them."""
+    for name in timm.list_pretrained('*apvit*'):
+        cfg = timm.get_pretrained_cfg(name)
+        if cfg.hf_hub_id == base:
+            return str(cfg.license) if cfg.license else None
+    own = model.pretrained_cfg.get('license') if base == model.base_model else None
+    return str(own) if own else None
+
+
+def _introduction(model: APViT, label_names: Sequence[str] | None, base: str | None) -> str:
+    """What the model is, in a paragraph."""
+    what = 'gives features of an image' if not model.num_classes else f'tells {model.num_classes} classes apart'
+    text = (
+        f'A Vision Transformer whose {model.num_patches} patches go where the image has something to see: a small '
+        'localisation network looks at the image and tells every patch where to look, and how large. It '
+        f'{what} and runs on [timm](https://github.com/huggingface/pytorch-image-models) with the plugin `timm-apvit`.'
+    )
+    if base:
+        text += f' Its training started from the weights of [{base}](https://huggingface.co/{base}).'
+    if label_names:
+        shown = ', '.join(_code(str(label)) for label in label_names[:MOST_LABELS])
+        rest = len(label_names) - MOST_LABELS
+        text += f'\n\nClasses: {shown}' + (f' and {rest} more, in `config.json`.' if rest > 0 else '.')
+    return text
+
+
+def _usage(model: APViT, name: str, label_names: Sequence[str] | None) -> str:
+    """A snippet that runs as it stands, given an image."""
+    mode = {1: 'L', 3: 'RGB'}.get(model.patch_embed.patching.in_chans)
+    lines = ['import timm']
+    if mode:
+        lines.append('from PIL import Image')
+    lines += [
+        'import torch',
+        '',
+        'import timm_apvit  # makes the model known to timm',
+        '',
+        f"model = timm.create_model('{name}', pretrained=True).eval()",
+    ]
+    if mode:
+        lines += [
+            'transform = timm.data.create_transform(**timm.data.resolve_data_config(model=model), is_training=False)',
+            f"image = transform(Image.open('image.jpg').convert('{mode}'))[None]",
+        ]
+    else:
+        shape = (1, model.patch_embed.patching.in_chans, *model.patch_embed.img_size)
+        lines.append(f'image = torch.randn{shape}  # normalised as in training')
+    lines.append('with torch.inference_mode():')
+    if model.num_classes:
+        lines.append('    probabilities = model(image).softmax(-1)[0]')
+        best = 'probabilities.argmax().item()'
+        lines.append(f"print(model.pretrained_cfg['label_names'][{best}])" if label_names else f'print({best})')
+    else:
+        lines.append('    features = model(image)')
+    lines += [
+        '',
+        'model.set_num_patches(49)  # any other number from the same weights: fewer are faster',
+        'geometry = model.patch_geometry(image)  # where the patches lie',
+    ]
+    return _fenced('pip install timm-apvit', 'sh') + '\n\n' + _fenced('\n'.join(lines), 'python')
+
+
+def _facts(model: APViT) -> str:
+    """A table of what the model is made of."""
+    height, width = model.patch_embed.img_size
+    arguments = {key: value for key, value in model.adaptive_args().items() if key != 'num_patches'}
+    rows = [
+        ('architecture', _code(str(model.pretrained_cfg.get('architecture', 'APViT')))),
+        ('parameters', f'{sum(parameter.numel() for parameter in model.parameters()) / 1e6:.1f} M'),
+        ('patches', f'{model.num_patches}, or any other number'),
+        ('image', f'{height} x {width} pixels, {model.patch_embed.patching.in_chans} channels'),
+        *((_code(key), _code(str(value))) for key, value in arguments.items()),
+    ]
+    return '\n'.join(['| | |', '|---|---|', *(f'| {key} | {value} |' for key, value in rows)])
+
+
+def results_table(results: Mapping[str, Any], dataset_name: str) -> str:
+    """Accuracy, cost and speed by number of patches, as a Markdown table, and what it was measured on."""
+    rows = results['rows']
+    columns = [column for column in COLUMNS if all(column[0] in row for row in rows)]
+    sizes = list(rows[0].get('images_per_second', {}))
+    titles = ['patches', *(title for _, title, _ in columns)]
+    titles += ['images/s alone' if size == '1' else f'images/s in batches of {size}' for size in sizes]
+    lines = [f'| {" | ".join(titles)} |', '|---' * len(titles) + '|']
+    for row in rows:
+        cells = [str(row['budget'])]
+        cells += [format(row[key] / (1e6 if key == 'multiply_adds' else 1), spec) for key, _, spec in columns]
+        cells += [f'{row["images_per_second"].get(size, float("nan")):.1f}' for size in sizes]
+        lines.append(f'| {" | ".join(cells)} |')
+    said = [f'{rows[0]["images"]} images of {dataset_name}' if 'images' in rows[0] else f'On {dataset_name}']
+    versions = ', '.join(f'{key} {value}' for key, value in results.get('versions', {}).items())
+    threads = f', {results["threads"]} threads' if 'threads' in results else ''
+    said += [f'on {results["device"]}{threads}'] if 'device' in results else []
+    said += [versions] if versions else []
+    said += [str(results[key]) for key in ('counted', 'note') if results.get(key)]
+    return '\n'.join(lines) + '\n\n' + '; '.join(said) + '.'
+
+
+def _limits(model: APViT, base: str | None, details: CardDetails) -> str:
+    """What the model cannot be relied on for."""
+    limits = [
+        f'Trained for {model.num_patches} patches and images of {model.patch_embed.img_size[0]} x '
+        f'{model.patch_embed.img_size[1]} pixels, unless the training configuration says more; others work, with an '
+        'accuracy of their own: measure it.',
+        'An object that no patch sees at first may be missed; the fewer the patches, the likelier.',
+        'timm finds the model only after `import timm_apvit`.',
+    ]
+    if details.results is None:
+        limits.append('No accuracy was measured for this card.')
+    elif model.num_classes:
+        limits.append('The accuracy is that on images like those it was measured on; others may do worse.')
+    if base:
+        limits.append(f'The biases and the license of [{base}](https://huggingface.co/{base}) come with its weights.')
+    return '\n'.join(f'- {limit}' for limit in limits)
+
+
+def _code(text: str) -> str:
+    """Text as inline code in Markdown, in a table too."""
+    return '`' + text.replace('`', "'").replace('|', '¦').replace('\n', ' ') + '`'
+
+
+def _fenced(text: str, language: str) -> str:
+    """Text as a block of code in Markdown, whatever it holds."""
+    fence = '```'
+    while fence in text:
+        fence += '`'
+    return f'{fence}{language}\n{text}\n{fence}'
+
+
+def _shortened(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + '...'

@@ -1,0 +1,67 @@
+"""Access to the Hub: what a repository may be called, who may write to it, and errors that say what to do."""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from huggingface_hub import HfApi
+from huggingface_hub.utils import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, validate_repo_id
+
+
+def check_repo_id(repo_id: str) -> None:
+    """Raise ValueError unless a repository can have this name."""
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise ValueError(f'expected a repository as NAMESPACE/NAME, got {repo_id!r}: {one_line(error)}') from None
+    if not repo_id:
+        raise ValueError("expected a repository as NAMESPACE/NAME, got ''")
+
+
+def check_access(repo_id: str, token: bool | str | None = None) -> None:
+    """Ask the Hub, without writing, whether a token may write where a repository is to be.
+
+    Raises:
+        ValueError: a malformed ``repo_id``.
+        PermissionError: there is no token, or it may not write there.
+        ConnectionError: the Hub does not answer.
+    """
+    check_repo_id(repo_id)
+    with explained(repo_id):
+        user = HfApi(token=token).whoami()
+    role = user.get('auth', {}).get('accessToken', {}).get('role')
+    if role == 'read':
+        raise PermissionError(f'expected a token that may write to {repo_id}, got one that may only read')
+    namespaces = [user['name'], *(each['name'] for each in user.get('orgs', []))]
+    namespace = repo_id.partition('/')[0] if '/' in repo_id else user['name']
+    if namespace not in namespaces:
+        raise PermissionError(f'expected a repository of {" or ".join(namespaces)}, whose token it is, got {repo_id!r}')
+
+
+@contextmanager
+def explained(repo_id: str) -> Iterator[None]:
+    """Say what went wrong between us and the Hub, in a line that says what to do."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, ValueError) and not isinstance(error, HfHubHTTPError):
+            raise  # bad input: it says so itself
+        chain: list[BaseException] = [error]
+        while (cause := chain[-1].__cause__) is not None:
+            chain.append(cause)
+        answer = next((each.response for each in chain if isinstance(each, HfHubHTTPError)), None)
+        if isinstance(error, LocalTokenNotFoundError) or (answer is not None and answer.status_code in (401, 403)):
+            got = 'none' if answer is None else f'one that it refuses with {answer.status_code}: {one_line(error)}'
+            raise PermissionError(
+                f'expected a token that lets us write to {repo_id} on the Hub, got {got}; log in with hf auth login '
+                'or set HF_TOKEN'
+            ) from error
+        if answer is not None:
+            raise ConnectionError(f'the Hub did not take {repo_id}: {one_line(error)}') from error
+        raise ConnectionError(f'cannot reach the Hub for {repo_id}: {one_line(chain[-1])}') from error
+
+
+def one_line(error: BaseException) -> str:
+    """An error's message in one line, without where to read of it, or its name."""
+    text = re.sub(r'\s*For more information check: \S+', '', str(error))
+    return ' '.join(text.split()) or type(error).__name__
