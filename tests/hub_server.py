@@ -188,7 +188,11 @@ for name, (model_name, kwargs, shape) in json.loads(sys.argv[1]).items():
         features = getattr(model, "forward_features", model)(image)
         results[name] = {"features": features, "logits": None if kwargs.get("features_only") else model(image)}
     if isinstance(model, timm_apvit.APViT):
-        results[name] |= {"args": model.adaptive_args(), "label_names": model.pretrained_cfg.get("label_names")}
+        results[name] |= {
+            "args": model.adaptive_args(),
+            "label_names": model.pretrained_cfg.get("label_names"),
+            "base_model": model.base_model,
+        }
 torch.save(results, sys.argv[2])
 """
 
@@ -221,8 +225,8 @@ def create_models(
         environment: Further variables of the process, such as ``HF_TOKEN``.
 
     Returns:
-        ``{name: {"features", "logits", "args", "label_names"}}``, outputs of ``torch.randn`` seeded with 0, or
-        ``{name: {"error": "Type: message"}}``.
+        ``{name: {"features", "logits", "args", "label_names", "base_model"}}``, outputs of ``torch.randn`` seeded with
+        0, or ``{name: {"error": "Type: message"}}``.
     """
     home.mkdir(parents=True, exist_ok=True)
     result = home / 'result.pt'

@@ -92,6 +92,17 @@ def files(vit, tmp_path_factory):
     return {'safetensors': saved(state, folder)} | {path.suffix[1:]: path for path in folder.glob('*.[pnt]*')}
 
 
+def test_model_from_a_file_claims_no_source_and_what_was_saved_keeps_its_own(files, tmp_path):
+    model = create(files['safetensors'])
+    assert model.base_model is None
+    assert timm.create_model('test_apvit').base_model is None
+    for base in (None, 'timm/test_vit.r160_in1k'):
+        model.base_model = base
+        timm_apvit.save_pretrained(model, tmp_path)
+        assert timm.create_model(f'local-dir:{tmp_path}', pretrained=True).base_model == base
+        assert timm.create_model(f'local-dir:{tmp_path}').base_model is None
+
+
 @pytest.mark.parametrize('kind', ['safetensors', 'pth', 'tar', 'npz'])
 def test_file_of_a_vit_gives_the_vit(kind, files, vit):
     x = images(*SQUARE)

@@ -234,6 +234,13 @@ def test_downloaded_apvit_is_the_one_that_was_saved(hub):
     assert_equal_up_to_rounding(hub.results['saved']['logits'], hub.saved(images([2, 3, 96, 128])))
 
 
+def test_downloaded_model_knows_its_source(hub):
+    sources = {call: result.get('base_model') for call, result in hub.results.items()}
+    vit, tagged = 'timm/test_vit.r160_in1k', 'timm/vit_tiny_patch16_224.augreg_in21k'
+    assert {sources[call] for call in ADAPTED if call != 'features'} == {vit}
+    assert (sources['half'], sources['tag'], sources['saved']) == (vit, tagged, 'me/saved')
+
+
 def test_downloads_come_from_the_vits_repositories(hub):
     asked = {request.split('/resolve/')[0].partition(' ')[2] for request in hub.requests}
     vits = {'test_vit.r160_in1k', 'vit_tiny_patch16_224.augreg_in21k', 'vit_tiny_patch16_224.augreg_in21k_ft_in1k'}

@@ -43,7 +43,7 @@ class CardDetails:
     license: str | None = None
     datasets: Sequence[str] = ()
     results: Mapping[str, Any] | None = None
-    results_dataset: tuple[str, str] = ('imagefolder', 'the images that it was evaluated on')
+    results_dataset: tuple[str, str] = ('imagefolder', 'unnamed test data')
     training: str | None = None
     picture: Path | None = None
 
@@ -164,7 +164,7 @@ def _introduction(model: APViT, label_names: Sequence[str] | None, base: str | N
     """What the model is, in a paragraph."""
     what = 'gives features of an image' if not model.num_classes else f'tells {model.num_classes} classes apart'
     text = (
-        f'A Vision Transformer whose {model.num_patches} patches go where the image has something to see: a small '
+        f'A Vision Transformer on {model.num_patches} adaptive patches: a small '
         'localisation network looks at the image and tells every patch where to look, and how large. It '
         f'{what} and runs on [timm](https://github.com/huggingface/pytorch-image-models) with the plugin `timm-apvit`.'
     )
@@ -180,11 +180,10 @@ def _introduction(model: APViT, label_names: Sequence[str] | None, base: str | N
 def _usage(model: APViT, name: str, label_names: Sequence[str] | None) -> str:
     """A snippet that runs as it stands, given an image."""
     mode = {1: 'L', 3: 'RGB'}.get(model.patch_embed.patching.in_chans)
-    lines = ['import timm']
+    lines = ['import timm', 'import torch']
     if mode:
         lines.append('from PIL import Image')
     lines += [
-        'import torch',
         '',
         'import timm_apvit  # makes the model known to timm',
         '',
@@ -207,7 +206,7 @@ def _usage(model: APViT, name: str, label_names: Sequence[str] | None) -> str:
         lines.append('    features = model(image)')
     lines += [
         '',
-        'model.set_num_patches(49)  # any other number from the same weights: fewer are faster',
+        f'model.set_num_patches({max(1, model.num_patches // 2)})  # or any other number, of the same weights',
         'geometry = model.patch_geometry(image)  # where the patches lie',
     ]
     return _fenced('pip install timm-apvit', 'sh') + '\n\n' + _fenced('\n'.join(lines), 'python')
@@ -268,8 +267,8 @@ def _limits(model: APViT, base: str | None, details: CardDetails) -> str:
 
 
 def _code(text: str) -> str:
-    """Text as inline code in Markdown, in a table too."""
-    return '`' + text.replace('`', "'").replace('|', '¦').replace('\n', ' ') + '`'
+    """Text as inline code in Markdown."""
+    return '`' + ' '.join(text.replace('`', "'").split()) + '`'
 
 
 def _fenced(text: str, language: str) -> str:
