@@ -13,7 +13,11 @@ from timm_apvit import patching, pos_embed
 README = Path(__file__).parents[1] / 'README.md'
 
 
-@pytest.mark.parametrize('block', re.findall(r'```python\n(.*?)```', README.read_text(), re.DOTALL), ids=range(3))
+BLOCKS = re.findall(r'```python\n(.*?)```', README.read_text(), re.DOTALL)
+
+
+# What goes to the Hub is run in test_hub.
+@pytest.mark.parametrize('block', [block for block in BLOCKS if 'push_to_hub' not in block], ids=range(3))
 def test_snippets_run(block, tmp_path, monkeypatch):
     """As they stand, but for the weights, which would come from the Hub."""
     monkeypatch.chdir(tmp_path)

@@ -138,7 +138,8 @@ def push_to_hub(
         repo_id: ``'namespace/name'``, or a name in the namespace of the token's owner; made if it does not exist.
         label_names: of the classes, in order; default: those that the model was loaded with.
         private: whether a new repository is private; default: as huggingface_hub has it, public.
-        revision: branch to push to, made if it does not exist; with ``create_pr`` the one to merge into.
+        revision: branch to push to, made if it does not exist, or pull request (``'refs/pr/1'``); with ``create_pr``
+            the branch to merge into.
         create_pr: open a pull request rather than push.
         token: as huggingface_hub has it; default: that of ``HF_TOKEN``, or of ``hf auth login``.
         commit_message: its first line.
@@ -215,11 +216,11 @@ def _push_saved(
     message = (
         commit_message or f'Upload {model.pretrained_cfg.get("architecture", "APViT")}, {model.num_patches} patches'
     )
-    with explained(repo_id):
+    with explained(repo_id, token):
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         if private and not api.model_info(repo_id).private:
             raise ValueError(f'expected a repository that is new or private, got {repo_id!r}, which is public')
-        if revision is not None and not create_pr:
+        if revision is not None and not create_pr and not revision.startswith('refs/'):
             api.create_branch(repo_id, branch=revision, exist_ok=True)
         files: dict[str, Union[Path, bytes]] = {name: folder / name for name in SAVED}
         writes_card = overwrite_card or not api.file_exists(repo_id, 'README.md', revision=revision)

@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, get_token
 from huggingface_hub.utils import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, validate_repo_id
 
 
@@ -27,19 +27,19 @@ def check_access(repo_id: str, token: bool | str | None = None) -> None:
         ConnectionError: the Hub does not answer.
     """
     check_repo_id(repo_id)
-    with explained(repo_id):
+    with explained(repo_id, token):
         user = HfApi(token=token).whoami()
-    role = user.get('auth', {}).get('accessToken', {}).get('role')
-    if role == 'read':
+    access = (user.get('auth') or {}).get('accessToken') or {}
+    if access.get('role') == 'read':
         raise PermissionError(f'expected a token that may write to {repo_id}, got one that may only read')
-    namespaces = [user['name'], *(each['name'] for each in user.get('orgs', []))]
+    namespaces = [user['name'], *(each['name'] for each in user.get('orgs') or [])]
     namespace = repo_id.partition('/')[0] if '/' in repo_id else user['name']
     if namespace not in namespaces:
         raise PermissionError(f'expected a repository of {" or ".join(namespaces)}, whose token it is, got {repo_id!r}')
 
 
 @contextmanager
-def explained(repo_id: str) -> Iterator[None]:
+def explained(repo_id: str, token: bool | str | None = None) -> Iterator[None]:
     """Say what went wrong between us and the Hub, in a line that says what to do."""
     try:
         yield
@@ -50,8 +50,10 @@ def explained(repo_id: str) -> Iterator[None]:
         while (cause := chain[-1].__cause__) is not None:
             chain.append(cause)
         answer = next((each.response for each in chain if isinstance(each, HfHubHTTPError)), None)
-        if isinstance(error, LocalTokenNotFoundError) or (answer is not None and answer.status_code in (401, 403)):
-            got = 'none' if answer is None else f'one that it refuses with {answer.status_code}: {one_line(error)}'
+        refused = answer is not None and answer.status_code in (401, 403)
+        if refused or isinstance(error, LocalTokenNotFoundError):
+            has_token = refused and (isinstance(token, str) or get_token() is not None)
+            got = f'one that it refuses: {one_line(error)}' if has_token else 'none'
             raise PermissionError(
                 f'expected a token that lets us write to {repo_id} on the Hub, got {got}; log in with hf auth login '
                 'or set HF_TOKEN'

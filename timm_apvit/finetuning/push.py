@@ -12,6 +12,7 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from timm_apvit.card import PICTURE, CardDetails, check_results
 from timm_apvit.finetuning.checkpoints import BEST, CONFIG_FILE, first_line
+from timm_apvit.finetuning.sources import is_path
 from timm_apvit.hub import Pushed, push_folder
 
 RESULTS_FILE = 'evaluation.json'
@@ -158,12 +159,15 @@ def _summary(path: Path, config: dict[str, Any]) -> dict[str, Any] | None:
     """The accuracy of a run's best epoch, and of its twin."""
     if not path.is_file():
         return None
-    summary = json.loads(path.read_text())
-    own = summary[str(config.get('model'))]
-    budgets = own.get('budgets') or {str(config.get('num_patches') or own['num_patches']): own}
-    rows = [
-        {'budget': name, 'num_patches': row['num_patches'], 'top1': row['best_top1']} for name, row in budgets.items()
-    ]
+    try:
+        summary = json.loads(path.read_text())
+        own = summary[str(config.get('model'))]
+        budgets = own.get('budgets') or {str(config.get('num_patches') or own['num_patches']): own}
+        rows = [
+            {'budget': key, 'num_patches': row['num_patches'], 'top1': row['best_top1']} for key, row in budgets.items()
+        ]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f'expected the summary of a run, got a damaged {path}: {first_line(error)}') from error
     note = 'top-1 is that of the best epoch, which was chosen on these very images'
     if 'fixed grid' in summary:
         fixed = summary['fixed grid']
@@ -180,7 +184,10 @@ def _dataset(data: str | None) -> tuple[str, str]:
         return 'digits', 'digits among clutter, the embedded data of timm-apvit'
     if (name := _hub_dataset(data)) is not None:
         return name, name
-    return ('imagefolder', Path(data).name) if Path(data).is_absolute() else (data, data)
+    if is_path(data):
+        return 'imagefolder', Path(data).resolve().name
+    reader, _, name = data.partition('/')
+    return name or reader, data
 
 
 def _hub_dataset(data: str | None) -> str | None:
@@ -203,13 +210,16 @@ def _shown(config: dict[str, Any]) -> str | None:
 
 
 def _public(value: Any) -> Any:
-    """A value whose paths do not tell where they lie."""
+    """A value whose paths and addresses do not tell where they lead, or by what password."""
     if isinstance(value, dict):
         return {key: _public(item) for key, item in value.items()}
     if isinstance(value, list):
         return [_public(item) for item in value]
     if not isinstance(value, str):
         return value
+    scheme, address, _ = value.partition('://')
+    if address or value.startswith('pipe:'):
+        return f'{scheme.partition(":")[0]}:...'
     head = 'local-dir:' if value.startswith('local-dir:') else ''
     path = value.removeprefix(head)
     return head + Path(path).name if head or Path(path).is_absolute() else value
