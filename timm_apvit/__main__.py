@@ -12,7 +12,6 @@ from timm_apvit.finetuning.options import add_arguments
 from timm_apvit.finetuning.push import add_push_arguments, push_command
 from timm_apvit.show import add_show_arguments, show_command
 
-
 COMMANDS = (
     ('finetune', 'fine-tune a model on a folder of images, or on embedded digits', add_arguments, finetune),
     (
