@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from timm_apvit.coords import cell_centres, sample_grid
-from timm_apvit.layers import ZeroConv, ZeroLinear, conv_norm_act, keep_scale
+from timm_apvit.layers import ScaleKeeping, ZeroConv, ZeroLinear, conv_norm_act
 from timm_apvit.transforms import inward_clamp
 
 # The map is raised to this power before its moments are taken: attention has a floor that would pull them to the middle
@@ -51,7 +51,7 @@ class Focus(NamedTuple):
     window: Tensor
 
 
-class FocusNetwork(nn.Module):
+class FocusNetwork(ScaleKeeping):
     """What the localisation network saw -> `Focus`.
 
     The window is found in two steps, as in detection (Ren et al. 2015, https://arxiv.org/abs/1506.01497): the moments
@@ -83,16 +83,6 @@ class FocusNetwork(nn.Module):
             nn.GELU(),
             ZeroLinear(width, 3, **factory),
         )
-        self.init_weights()
-
-    @torch.jit.ignore
-    def init_weights(self, needs_reset: bool = True) -> None:
-        """Initialise the hidden layers, and the last ones at zero, in every initialisation mode of timm."""
-        keep_scale(self)
-
-    @torch.jit.ignore
-    def reset_parameters(self) -> None:
-        """Initialise again: what timm calls after ``to_empty``."""
         self.init_weights()
 
     def forward(self, features: Tensor, context: Tensor, max_focus: float) -> Focus:

@@ -52,16 +52,25 @@ def conv_norm_act(in_chans: int, out_chans: int, stride: int, factory: dict[str,
     )
 
 
-def keep_scale(network: nn.Module) -> None:
-    """Initialise the hidden layers of a network so that they keep the scale of what they see, and zero layers at zero.
+class ScaleKeeping(nn.Module):
+    """A network whose hidden layers start so that they keep the scale of what they see, and its last ones at zero.
 
-    Alike standing alone and in every mode of timm, whose usual standard deviation of 0.02 would shrink what the last
-    layers see thirtyfold.
+    Alike standing alone and in every initialisation mode of timm, whose usual standard deviation of 0.02 would shrink
+    what the last layers see thirtyfold.
     """
-    for module in network.modules():
-        if isinstance(module, nn.Linear):
-            nn.init.xavier_uniform_(module.weight)
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
-        elif isinstance(module, nn.Conv2d | nn.GroupNorm | ZeroLinear):
-            module.reset_parameters()
+
+    @torch.jit.ignore
+    def init_weights(self, needs_reset: bool = True) -> None:
+        """Initialise all layers."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+            elif isinstance(module, nn.Conv2d | nn.GroupNorm | ZeroLinear):
+                module.reset_parameters()
+
+    @torch.jit.ignore
+    def reset_parameters(self) -> None:
+        """Initialise again: what timm calls after ``to_empty``."""
+        self.init_weights()

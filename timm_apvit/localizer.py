@@ -6,11 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from timm_apvit.layers import ZeroLinear, conv_norm_act, keep_scale
+from timm_apvit.layers import ScaleKeeping, ZeroLinear, conv_norm_act
 from timm_apvit.transforms import FIELDS
 
 
-class Localizer(nn.Module):
+class Localizer(ScaleKeeping):
     """Localisation network: ``(B, C, H, W)`` and N anchors -> raw parameters ``(B, N, width)`` by field name.
 
     `look` at the image once, then predict (`forward`) at any anchors.
@@ -62,16 +62,6 @@ class Localizer(nn.Module):
         self.from_anchor = nn.Linear(4, width, bias=False, **factory)
         self.mlp = nn.Sequential(nn.GELU(), nn.Linear(width, width, **factory), nn.GELU())
         self.head = nn.ModuleDict({name: ZeroLinear(width, FIELDS[name], **factory) for name in fields})
-        self.init_weights()
-
-    @torch.jit.ignore
-    def init_weights(self, needs_reset: bool = True) -> None:
-        """Initialise the hidden layers, and the heads at zero, in every initialisation mode of timm."""
-        keep_scale(self)
-
-    @torch.jit.ignore
-    def reset_parameters(self) -> None:
-        """Initialise again: what timm calls after ``to_empty``."""
         self.init_weights()
 
     def look(self, image: Tensor) -> tuple[Tensor, Tensor]:
