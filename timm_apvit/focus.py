@@ -74,7 +74,9 @@ class FocusNetwork(ScaleKeeping):
         # Whether the adjustment has a lesson of its own, and is then spared the noisier one through the sampling. The
         # training sets it.
         self.taught = False
-        self.saliency = nn.Sequential(conv_norm_act(width, width, 1, factory), ZeroConv(width, 1, **factory))
+        # A bias would move all cells alike, and change nothing.
+        last = ZeroConv(width, 1, bias=False, **factory)
+        self.saliency = nn.Sequential(conv_norm_act(width, width, 1, factory), last)
         self.reduce = nn.Linear(width, width // 2, **factory)
         self.adjust = nn.Sequential(
             nn.Linear(points**2 * (width // 2) + width, 2 * width, **factory),

@@ -13,17 +13,18 @@ class ZeroLinear(nn.Module):
     Not a subclass of `nn.Linear`, which timm re-initialises (standard deviation 0.02; Xavier in its jax mode).
     """
 
-    def __init__(self, in_features: int, out_features: int, **factory: Any) -> None:
+    def __init__(self, in_features: int, out_features: int, bias: bool = True, **factory: Any) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(out_features, in_features, **factory))
-        self.bias = nn.Parameter(torch.empty(out_features, **factory))
+        self.bias = nn.Parameter(torch.empty(out_features, **factory)) if bias else None
         self.init_weights()
 
     @torch.jit.ignore
     def init_weights(self, needs_reset: bool = True) -> None:
         """Set the layer to zero, in every initialisation mode of timm."""
         nn.init.zeros_(self.weight)
-        nn.init.zeros_(self.bias)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
 
     @torch.jit.ignore
     def reset_parameters(self) -> None:

@@ -15,7 +15,7 @@ from timm_apvit.finetuning.distributed import joined, local_device
 
 # 4 updates an epoch.
 TINY = '--model test_apvit --model-kwargs depth=2 --img-size 32 --samples 64 --test-samples 15 --batch-size 16'
-TINY += ' --epochs 5 --threads 1 --device cpu --no-twin --num-patches 2,4'
+TINY += ' --epochs 5 --threads 1 --device cpu --no-twin --num-patches 4,16'
 TINY += ' --mixup 0.8 --ema 0.9 --freeze-backbone-epochs 1 --max-focus 2 --guide-weight 1'
 
 # Ends the second process, or stops it, in its n-th update of the weights.

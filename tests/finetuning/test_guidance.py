@@ -21,7 +21,6 @@ from timm_apvit.finetuning.guidance import (
     max_focus_at,
     saliency_loss,
 )
-from timm_apvit.finetuning.optimization import clipped_together
 from timm_apvit.finetuning.options import Options
 from timm_apvit.finetuning.soundness import check_focus
 from timm_apvit.finetuning.training import best_row
@@ -183,16 +182,6 @@ def test_labels_draw_the_map_to_what_tells_the_class():
     descent = -found.saliency.grad.flatten(1)
     assert descent.argmax(dim=1).tolist() == [3 * 16 + 5, 9 * 16 + 2]
     assert descent.argmin(dim=1).tolist() == [8 * 16 + 8] * 2
-
-
-def test_what_is_taught_is_clipped_apart_from_the_rest():
-    model = tiny_model(max_focus=2.0)
-    assert [len(each) for each in clipped_together(model, None)] == [len(list(model.parameters()))]
-    guide = Guide(64, 10, 2.0, 1.0)
-    taught, others = clipped_together(model, guide)
-    assert len(taught) + len(others) == len([*model.parameters(), *guide.parameters()])
-    assert {id(p) for p in taught} >= {id(p) for p in [*model.patch_embed.patching.parameters(), *guide.parameters()]}
-    assert {id(p) for p in others} >= {id(p) for p in model.blocks.parameters()}
 
 
 def test_an_update_sees_some_images_whole_and_closes_in():

@@ -89,11 +89,11 @@ class Guide(nn.Module):
             if answer.attention is None:
                 raise ValueError('expected an answer with attention, which is to teach, got none')
             whole = geometry.window[:, 2] >= WHOLE
+            aim = attended_window(geometry, answer.attention, self.max_focus)
+            # A weight of 0 rather than no lesson: several processes wait for each other's gradients, zeros too.
+            weight = ADJUSTMENT_WEIGHT * (answer.attention.shape[1] >= FEWEST_PATCHES)
             taught = saliency_loss(focus, geometry, answer.attention, whole)
-            if answer.attention.shape[1] >= FEWEST_PATCHES:
-                aim = attended_window(geometry, answer.attention, self.max_focus)
-                taught = taught + ADJUSTMENT_WEIGHT * adjustment_loss(focus, aim, whole)
-            return loss + self.attention_weight * taught
+            return loss + self.attention_weight * (taught + weight * adjustment_loss(focus, aim, whole))
 
     def average_gradients(self) -> None:
         """Average the gradients over the processes, which all hold the same classifier."""

@@ -19,7 +19,6 @@ from timm_apvit.finetuning.evaluation import autocast
 from timm_apvit.finetuning.guidance import Guide, max_focus_at
 from timm_apvit.finetuning.mixing import Mixer
 from timm_apvit.finetuning.optimization import (
-    clipped_together,
     create_optimizer,
     create_scheduler,
     freeze,
@@ -89,7 +88,6 @@ class Learner:
             self.guide = Guide(focus.width, num_classes, self.max_focus, schedule.guide_weight).to(self.device)
         self.attends = self.guide is not None and self.guide.attention_weight > 0
         self.optimizer = create_optimizer(model, schedule, self.guide)
-        self.clipped = clipped_together(model, self.guide)
         self.scheduler = create_scheduler(self.optimizer, schedule, updates_per_epoch)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=schedule.amp == 'float16')
         self.mixer = Mixer(schedule, num_classes)
@@ -189,8 +187,7 @@ class Learner:
         if self.guide is not None:
             self.guide.average_gradients()
         self.scaler.unscale_(self.optimizer)
-        for parameters in self.clipped:
-            nn.utils.clip_grad_norm_(parameters, CLIP_GRAD_NORM)
+        nn.utils.clip_grad_norm_(self.model.parameters(), CLIP_GRAD_NORM)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         if self.ema is not None:

@@ -56,19 +56,6 @@ def create_optimizer(model: nn.Module, schedule: Schedule, guide: nn.Module | No
     return optimizer
 
 
-def clipped_together(model: nn.Module, guide: nn.Module | None) -> list[list[nn.Parameter]]:
-    """Groups of parameters whose gradients have one norm.
-
-    All of a model, but with a guide what it teaches is a group of its own: its lessons, several times as large, would
-    else decide how far the backbone steps.
-    """
-    if guide is None:
-        return [list(model.parameters())]
-    taught = [parameter for parameter, role in roles(model).items() if role == LOCALIZER]
-    others = [parameter for parameter, role in roles(model).items() if role != LOCALIZER]
-    return [[*taught, *guide.parameters()], others]
-
-
 def create_scheduler(optimizer: torch.optim.Optimizer, schedule: Schedule, updates_per_epoch: int) -> Any:
     """A linear rise and a cosine fall of the learning rate, update by update."""
     scheduler, _ = create_scheduler_v2(
