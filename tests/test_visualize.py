@@ -139,6 +139,13 @@ def test_sheet_shows_every_sample_in_order() -> None:
         np.testing.assert_allclose(sheet[top : top + 16, left : left + 16], patch, atol=1e-6)
 
 
+def test_coverage_and_attention_have_a_bar_each() -> None:
+    model: Any = create(img_size=64, num_patches=5)
+    figure = plot_patches(model, torch.rand(3, 40, 60), panels=('sheet', 'coverage'), color_by='attention')
+    figure.savefig(io.BytesIO(), format='png')  # where the layout is found
+    assert {axis.get_ylabel() for axis in figure.axes[2:]} == {'patches', 'attention (1: an even share)'}
+
+
 def test_coverage_counts_the_patches_over_each_place() -> None:
     unmoved: Any = timm.create_model('test_apvit', img_size=64, num_patches=(3, 5))
     assert (coverage(view_patches(unmoved, torch.rand(3, 30, 90))) == 1).mean() > 0.99

@@ -165,7 +165,8 @@ def draw_coverage(axis: Any, view: PatchView, most: float) -> Any:
 
 def add_bar(figure: Any, mappable: Any, label: str, whole: bool) -> None:
     """Add a colour bar to a figure, of whole numbers or any."""
-    bar = figure.colorbar(mappable, ax=list(figure.axes), fraction=0.03, pad=0.01, aspect=30)
+    panels = [axis for axis in figure.axes if axis.get_subplotspec() is not None]  # and not the bars before it
+    bar = figure.colorbar(mappable, ax=panels, fraction=0.03, pad=0.01, aspect=30)
     bar.set_label(label, fontsize=9)
     bar.ax.tick_params(labelsize=8)
     bar.locator = MaxNLocator(nbins=6, integer=whole)
