@@ -17,19 +17,22 @@ import statistics
 import sys
 import time
 from collections import defaultdict
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
-from contestants import CONTESTANTS, create_contestant, crop_side
+from contestants import CONTESTANTS, VARIANTS, create_contestant, crop_side, square
 from cost import multiply_adds
 from fashion import TASKS, load_task
 from torch import nn
 
 import timm_apvit
+from timm_apvit import APViT
 from timm_apvit.finetuning.checkpoints import CheckpointStore, write_atomically
 from timm_apvit.finetuning.evaluate import images_per_second
+from timm_apvit.finetuning.parsing import format_budget
 from timm_apvit.finetuning.schedule import Schedule
 from timm_apvit.finetuning.training import Row, train
 
@@ -51,7 +54,9 @@ def main() -> None:
     add('--lr', type=float, help='peak learning rate (default: 1e-3; pretrained 3e-4)')
     add('--localizer-lr-scale', type=float, default=1.0)
     add('--model-kwargs', type=json.loads, default={}, metavar='JSON', help='further arguments of the adaptive model')
-    add('--label', default='', help='of a variant, in the name of its results')
+    add('--variant', choices=VARIANTS, help='train the adaptive model without one of its parts, or with another')
+    add('--elastic', action='store_true', help='train one model for all the budgets, one at random in each update')
+    add('--label', help="of what differs, in the name of its results (default: the variant, or 'elastic')")
     add('--fashion', type=Path, help="folder of Fashion-MNIST's IDX files")
     add('--weights', type=Path, help="DINOv2's ViT-S/14, for the task pretrained")
     add('--threads', type=int, default=1)
@@ -62,63 +67,83 @@ def main() -> None:
     options = parser.parse_args()
     if (options.task == 'pretrained') != (options.weights is not None):
         parser.error('expected --weights with the task pretrained, and with no other')
+    if options.elastic and options.contestants != ['adaptive']:
+        parser.error('expected --elastic with --contestants adaptive, as no other can change its number of patches')
     torch.set_num_threads(options.threads)
     options.results.mkdir(parents=True, exist_ok=True)
     if options.speed:
         measure_speed(options)
     elif not options.report:
-        for seed, budget, contestant in itertools.product(options.seeds, options.budgets, options.contestants):
-            run(options, contestant, budget, seed)
+        budgets = [tuple(options.budgets)] if options.elastic else [(budget,) for budget in options.budgets]
+        for seed, together, contestant in itertools.product(options.seeds, budgets, options.contestants):
+            run(options, contestant, together, seed)
     report(options.results, options.task)
 
 
-def run(options: argparse.Namespace, contestant: str, budget: int, seed: int) -> None:
-    """Train one contestant, unless its result is there."""
-    name = '-'.join(filter(None, [options.task, contestant, str(budget), str(seed), options.label]))
-    path = options.results / f'{name}.json'
+def run(options: argparse.Namespace, contestant: str, budgets: tuple[int, ...], seed: int) -> None:
+    """Train one contestant for one budget, or for several at once, unless its results are there."""
+    label = options.label or options.variant or ('elastic' if len(budgets) > 1 else '')
+    names = {n: '-'.join(filter(None, [options.task, contestant, str(n), str(seed), label])) for n in budgets}
+    paths = {budget: options.results / f'{name}.json' for budget, name in names.items()}
     task = TASKS[options.task]
-    schedule = schedule_of(options, contestant, seed)
+    schedule = schedule_of(options, contestant, budgets, seed)
     focuses = contestant == 'adaptive' and options.model_kwargs.get('max_focus', 1) > 1
     settings = {
         'images': options.images,
         'schedule': {k: v for k, v in schedule._asdict().items() if focuses or k not in FOCUS_FIELDS},
         'model_kwargs': options.model_kwargs if contestant == 'adaptive' else {},
+        'variant': options.variant,
     }
-    if path.exists():
-        found = {key: value for key, value in json.loads(path.read_text()).items() if key in settings}
-        if found != json.loads(json.dumps(settings)):
-            raise ValueError(f'expected the settings of {path}, {found}, got {settings}; give a --label of their own')
+    if is_done(paths.values(), settings):
         return
     torch.manual_seed(seed)
-    model = create_contestant(contestant, task.side, budget, options.weights, **settings['model_kwargs'])
-    crop = crop_side(contestant, budget, options.weights is not None)
+    largest = max(budgets)
+    model = create_contestant(
+        contestant, task.side, largest, options.weights, options.variant, **settings['model_kwargs']
+    )
+    crop = crop_side(contestant, largest, options.weights is not None)
     splits = load_task(task, seed + 1, options.images // EPOCHS, options.fashion, crop)
-    unfinished = options.results / f'.{name}.unfinished'
+    unfinished = options.results / f'.{names[largest]}.unfinished'
     unfinished.mkdir(exist_ok=True)
 
     def tell(rows: list[Row]) -> None:
         row = rows[-1]
-        sys.stdout.write(f'{name} {row["epoch"]}/{EPOCHS} loss {row["train_loss"]:.3f} top-1 {row["test_top1"]:.4f} '
-                         f'{row["seconds"]:.0f} s\n')  # fmt: skip
+        sys.stdout.write(f'{names[largest]} {row["epoch"]}/{EPOCHS} loss {row["train_loss"]:.3f} '
+                         f'top-1 {row["test_top1"]:.4f} {row["seconds"]:.0f} s\n')  # fmt: skip
         sys.stdout.flush()
 
-    rows = train(model, splits, schedule, CheckpointStore(unfinished), lambda model, folder: None, tell, name)
-    result = {
-        'task': options.task, 'contestant': contestant, 'label': options.label, 'budget': budget, 'seed': seed,
-        'top1': rows[-1]['test_top1'], 'test_images': len(splits.test),
-        'images_seen': [row['epoch'] * options.images // EPOCHS for row in rows],
-        'curve': [row['test_top1'] for row in rows], 'seconds': [row['seconds'] for row in rows],
-        'multiply_adds': count_multiply_adds(model, splits.test[0][0][None].to(options.device)),
-        **settings,
-        'machine': machine(options.threads),
-        'versions': {'torch': torch.__version__, 'timm': timm.__version__, 'timm_apvit': timm_apvit.__version__},
-        'command': ' '.join(sys.argv), 'time': time.strftime('%Y-%m-%d'),
-    }  # fmt: skip
-    write_atomically(path, json.dumps(result, indent=1) + '\n')
+    rows = train(model, splits, schedule, CheckpointStore(unfinished), lambda model, folder: None, tell, names[largest])
+    for budget, path in paths.items():
+        if isinstance(model, APViT):
+            model.set_num_patches(square(budget))
+        curve = [row[f'test_top1_{format_budget(square(budget))}' if len(budgets) > 1 else 'test_top1'] for row in rows]
+        result = {
+            'task': options.task, 'contestant': contestant, 'label': label, 'budget': budget, 'seed': seed,
+            'top1': curve[-1], 'test_images': len(splits.test),
+            'images_seen': [row['epoch'] * options.images // EPOCHS for row in rows],
+            'curve': curve, 'seconds': [row['seconds'] for row in rows],
+            'multiply_adds': count_multiply_adds(model, splits.test[0][0][None].to(options.device)),
+            **settings,
+            'machine': machine(options.threads),
+            'versions': {'torch': torch.__version__, 'timm': timm.__version__, 'timm_apvit': timm_apvit.__version__},
+            'command': ' '.join(sys.argv), 'time': time.strftime('%Y-%m-%d'),
+        }  # fmt: skip
+        write_atomically(path, json.dumps(result, indent=1) + '\n')
     shutil.rmtree(unfinished)
 
 
-def schedule_of(options: argparse.Namespace, contestant: str, seed: int) -> Schedule:
+def is_done(paths: Collection[Path], settings: dict[str, Any]) -> bool:
+    """Whether all results are there; ValueError if one was made with other settings."""
+    found = [path for path in paths if path.exists()]
+    for path in found:
+        result = json.loads(path.read_text())
+        before = {key: result.get(key) for key in settings}
+        if before != json.loads(json.dumps(settings)):
+            raise ValueError(f'expected the settings of {path}, {before}, got {settings}; give a --label of their own')
+    return len(found) == len(paths)
+
+
+def schedule_of(options: argparse.Namespace, contestant: str, budgets: tuple[int, ...], seed: int) -> Schedule:
     """How a contestant is trained."""
     pretrained = options.weights is not None
     return Schedule(
@@ -131,6 +156,7 @@ def schedule_of(options: argparse.Namespace, contestant: str, seed: int) -> Sche
         seed=seed,
         workers=0,
         device=options.device,
+        num_patches=tuple(square(budget) for budget in budgets) if len(budgets) > 1 else None,
         localizer_lr_scale=options.localizer_lr_scale,
         freeze_localizer_epochs=EPOCHS if contestant == 'frozen' else 0,
         guide_weight=1.0 if pretrained else 0.0,
@@ -159,7 +185,12 @@ def measure_speed(options: argparse.Namespace) -> None:
         key = ' '.join(str(result[name]) for name in ('budget', 'contestant', 'label'))
         if key not in subjects:
             model = create_contestant(
-                result['contestant'], task.side, result['budget'], options.weights, **result['model_kwargs']
+                result['contestant'],
+                task.side,
+                result['budget'],
+                options.weights,
+                result.get('variant'),
+                **result['model_kwargs'],
             )
             side = crop_side(result['contestant'], result['budget'], options.weights is not None) or task.side
             subjects[key] = (

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from timm_apvit import APViT
 from timm_apvit.coords import anchors
 from timm_apvit.finetuning.twin import create_twin
+from timm_apvit.localizer import Localizer
 from timm_apvit.patching import AdaptivePatching
-from timm_apvit.transforms import PatchGeometry, place_inside
+from timm_apvit.transforms import PatchGeometry, PatchTransform, place_inside
 
 CONTESTANTS = {
     'fixed': "timm's ViT on a fixed grid, on the image resized with anti-aliasing",
@@ -21,6 +22,14 @@ CONTESTANTS = {
     'frozen': 'patches where an untrained localisation network puts them',
     'adaptive': 'the learned patches',
     'object': 'the ceiling: a grid put on the object by ground truth',
+}
+VARIANTS = {
+    'no-pyramid': 'patches sampled bilinearly, which aliases',
+    'no-context': 'a localisation network that sees at each anchor only what is near it',
+    'no-geometry': 'tokens that are not told what their patches cover',
+    'localizer-32': 'a localisation network that sees 32 instead of 64 pixels along a side',
+    'localizer-96': 'one that sees 96',
+    'localizer-narrow': 'one with half the channels',
 }
 # A ViT small enough for a CPU, from scratch. Without the last three it takes several times as long to learn anything.
 SCRATCH: dict[str, Any] = {
@@ -55,13 +64,43 @@ class PlacedPatching(AdaptivePatching):
         return self.sample(image, geometry, used), geometry
 
 
+class PointSampledTransform(PatchTransform):
+    """A transform whose patches are read as if none covered more pixels than it has samples."""
+
+    def max_footprint(self, layout: tuple[int, int], image_size: tuple[int, int], patch_size: tuple[int, int]) -> float:
+        """No more than one pixel per sample, which needs no pyramid."""
+        return 1.0
+
+
+class Nothing(nn.Module):
+    """In place of a linear layer: zeros, of ``width`` features."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.width = width
+
+    def forward(self, features: Tensor) -> Tensor:
+        """``(..., anything)`` -> ``(..., width)``."""
+        return features.new_zeros([*features.shape[:-1], self.width])
+
+
+def square(num_patches: int) -> tuple[int, int]:
+    """The rows and columns of a square number of patches."""
+    rows = math.isqrt(num_patches)
+    if rows**2 != num_patches:
+        raise ValueError(f'expected a square number of patches, which a fixed grid can have too, got {num_patches}')
+    return rows, rows
+
+
 def crop_side(name: str, num_patches: int, pretrained: bool) -> int | None:
     """Pixels along the side of the crops that a contestant is given instead of whole images; None: it is not."""
     patch: int = DINOV2['patch_size'] if pretrained else 16
     return math.isqrt(num_patches) * patch if name == 'object' else None
 
 
-def create_contestant(name: str, side: int, num_patches: int, weights: Path | None, **kwargs: Any) -> nn.Module:
+def create_contestant(
+    name: str, side: int, num_patches: int, weights: Path | None, variant: str | None = None, **kwargs: Any
+) -> nn.Module:
     """Make a model for images of ``side`` pixels and 10 classes.
 
     Args:
@@ -69,14 +108,14 @@ def create_contestant(name: str, side: int, num_patches: int, weights: Path | No
         side: of the images.
         num_patches: a square number.
         weights: DINOv2's file for a pretrained ViT-S/14; None: a small ViT from scratch.
+        variant: a key of `VARIANTS`, for the adaptive patches.
         kwargs: of ``timm.create_model``, for the adaptive patches.
     """
-    rows = math.isqrt(num_patches)
-    if rows**2 != num_patches:
-        raise ValueError(f'expected a square number of patches, which a fixed grid can have too, got {num_patches}')
     if name != 'adaptive' and kwargs.get('max_focus', 1) > 1:
         raise ValueError(f'expected max_focus for the adaptive patches only, got it for {name!r}')
-    common = {'num_patches': (rows, rows), 'num_classes': 10, 'img_size': side, **kwargs}
+    if name != 'adaptive' and variant is not None:
+        raise ValueError(f'expected a variant of the adaptive patches only, got {variant!r} for {name!r}')
+    common = {'num_patches': square(num_patches), 'num_classes': 10, 'img_size': side, **kwargs}
     if weights is None:
         model = timm.create_model('test_apvit', **{**SCRATCH, 'in_chans': 1, **common})
     else:
@@ -84,7 +123,24 @@ def create_contestant(name: str, side: int, num_patches: int, weights: Path | No
         model = timm.create_model('apvit_small', pretrained=True, pretrained_cfg_overlay=overlay, **DINOV2, **common)
     if name in ('fixed', 'object'):
         return create_twin(model, **(DINOV2 if weights else SCRATCH))
+    if variant is not None:
+        vary(model, variant)
     return place(model, name)
+
+
+def vary(model: APViT, variant: str) -> None:
+    """Make a new model one of the `VARIANTS`."""
+    patching = model.patch_embed.patching
+    localizer = patching.localizer
+    if variant == 'no-pyramid':
+        patching.transform.__class__ = PointSampledTransform
+    elif variant == 'no-context':
+        localizer.from_context = Nothing(localizer.width)
+    elif variant == 'no-geometry':
+        model.patch_embed.geometry_embed = Nothing(model.embed_dim)
+    else:
+        own = {'localizer-32': {'side': 32}, 'localizer-96': {'side': 96}, 'localizer-narrow': {'width': 32}}[variant]
+        patching.localizer = Localizer(patching.transform.fields, patching.in_chans, **own)
 
 
 def place(model: APViT, name: str) -> APViT:

@@ -10,7 +10,7 @@ import torch
 BENCHMARKS = Path(__file__).parents[1] / 'benchmarks'
 sys.path.insert(0, str(BENCHMARKS))
 
-from contestants import CONTESTANTS, create_contestant  # noqa: E402
+from contestants import CONTESTANTS, VARIANTS, create_contestant  # noqa: E402
 from fashion import CleanObjects, Crops, load_fashion  # noqa: E402
 
 from timm_apvit.finetuning.clutter import Clutter, ClutteredObjects  # noqa: E402
@@ -27,13 +27,47 @@ def test_contestants_take_the_same_images_at_the_same_budget(name):
         assert model.num_patches == 16
 
 
+@pytest.mark.parametrize('variant', VARIANTS)
+def test_variants_lack_what_they_say(variant):
+    torch.manual_seed(0)
+    model = create_contestant('adaptive', 112, 16, None, variant)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    image = torch.rand(1, 1, 112, 112)
+    geometry = model.patch_geometry(image)
+    patching = model.patch_embed.patching
+    logits = model.eval()(image)
+    assert logits.shape == (1, 10)
+    if variant == 'no-pyramid':
+        # A patch covers 28 pixels with 16 samples: what lies between them is not seen.
+        assert patching.transform.max_footprint(patching.layout, (112, 112), (16, 16)) == 1
+    elif variant == 'no-context':
+        far = image.clone()
+        far[..., 64:, 64:] = 0
+        # Group norm alone knows of the rest of the image.
+        assert torch.allclose(model.patch_geometry(far).centres[:, 0], geometry.centres[:, 0], atol=2e-3)
+    elif variant == 'no-geometry':
+        assert not any('geometry_embed' in name for name, _ in model.named_parameters())
+    else:
+        usual = create_contestant('adaptive', 112, 16, None).patch_embed.patching.localizer
+        localizer = patching.localizer
+        assert (localizer.side, localizer.width) != (usual.side, usual.width)
+
+
 def test_patches_by_chance_lie_elsewhere_in_every_training_image():
     model = create_contestant('random', 112, 16, None).train()
     centres = model.patch_geometry(torch.rand(1, 1, 112, 112).expand(2, -1, -1, -1)).centres
     assert (centres[0] - centres[1]).abs().max() > 0.1
 
 
-@pytest.mark.parametrize(('kwargs', 'message'), [({}, 'square number'), ({'max_focus': 2.0}, 'adaptive patches only')])
+@pytest.mark.parametrize(
+    ('kwargs', 'message'),
+    [
+        ({}, 'square number'),
+        ({'max_focus': 2.0}, 'adaptive patches only'),
+        ({'variant': 'no-context'}, 'adaptive patches only'),
+    ],
+)
 def test_rejects_unfair_contestants(kwargs, message):
     with pytest.raises(ValueError, match=message):
         create_contestant('fixed', 112, 16 if kwargs else 20, None, **kwargs)
