@@ -1,6 +1,7 @@
 """The command that draws: what it writes, and what it says of bad input."""
 
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,28 @@ def test_picture_and_animation_are_written_and_named(
         assert gif.format == 'GIF'
         assert gif.n_frames == 3
     assert left_in(tmp_path) == {'photograph.jpg', 'x.png', 'x.GIF'}
+
+
+def test_run_with_snapshots_is_animated_over_its_training(photograph: Path, tmp_path: Path) -> None:
+    run, film = tmp_path / 'run', tmp_path / 'x.gif'
+    trained = ['--img-size', '32', '--num-patches', '4', '--samples', '8', '--test-samples', '4', '--batch-size', '4']
+    options = [*trained, '--epochs', '4', '--threads', '1', '--device', 'cpu', '--no-twin', '--output', str(run)]
+    assert main(['finetune', *options, '--snapshots', '--model', 'test_apvit']) == 0
+    kept = sorted(path.name for path in (run / 'checkpoints').iterdir())
+    assert kept == [f'epoch-{n:04d}' for n in range(1, 5)]
+    resumable = {path.parent.name for path in run.glob('checkpoints/*/training.pt')}
+    assert resumable == {(run / link).readlink().name for link in ('last', 'best')}
+
+    def frames(*more: str) -> int:
+        assert shows(photograph, '--checkpoint', run, '--animate', film, *more) == 0
+        with Image.open(film) as gif:
+            return int(gif.n_frames)
+
+    assert frames() == 4
+    assert frames('--num-patches', '9') == 4
+    assert frames('--num-patches', '1,4') == 2
+    shutil.rmtree(run / 'checkpoints' / min({*kept} - resumable))
+    assert frames() == 3
 
 
 @pytest.mark.parametrize('ending', ['png', 'jpg', 'pdf', 'svg', 'webp'])
@@ -155,6 +178,10 @@ def test_rejects_bad_outputs(saved: Path, photograph: Path, tmp_path: Path, caps
         (['-o', photograph], 'another file than the images'),
         (['-o', '/proc/x.png'], 'error: '),
         (['--animate', tmp_path / 'x.png'], 'expected --animate to end in .gif'),
+        (
+            ['-o', tmp_path / 'x.gif', '--animate', tmp_path / 'x.gif'],
+            'expected --output and --animate to be two files',
+        ),
         ([], 'expected --output FILE, --animate FILE.gif or both, got neither'),
     ):
         assert message in refused([photograph, '--checkpoint', saved, *outputs], capsys)

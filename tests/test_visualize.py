@@ -1,5 +1,6 @@
 """Pictures show images upright, and outlines, patches and coverage where the patches lie."""
 
+import copy
 import io
 import pickle
 import sys
@@ -18,8 +19,9 @@ from PIL import Image
 
 from timm_apvit import TRANSFORMS
 from timm_apvit.drawing import PALETTE, colours_in_order, coverage, rendered
+from timm_apvit.figures import PANELS
 from timm_apvit.views import view_patches
-from timm_apvit.visualize import CLASSIC, PANELS, animate, compare, default_budgets, plot_patches
+from timm_apvit.visualize import CLASSIC, animate, animate_training, compare, default_budgets, plot_patches
 
 
 def pixel_at(figure: Any, axis: Any, xy: tuple[float, float]) -> tuple[int, int]:
@@ -226,6 +228,24 @@ def test_animation_has_a_frame_for_each_budget() -> None:
         assert gif.info['loop'] == 0
 
 
+def test_animation_of_a_training_has_a_frame_for_each_model_that_shows_its_own_patches() -> None:
+    still: Any = create(img_size=64, num_patches=4)
+    moved = copy.deepcopy(still)
+    with torch.no_grad():
+        moved.patch_embed.patching.localizer.head['shift'].bias.fill_(1.0)
+    image = torch.rand(3, 40, 60)
+    models = ((name, model) for name, model in (('epoch-1', still), ('epoch-2', still), ('epoch-3', moved)))
+    with Image.open(io.BytesIO(animate_training(models, image, 9, panels=('outlines',)))) as gif:
+        assert gif.n_frames == 3
+        frames = []
+        for n in range(3):
+            gif.seek(n)
+            frames.append(np.asarray(gif.convert('L'), dtype=float))
+    drawn = [frame[len(frame) // 4 :] for frame in frames]  # without the titles
+    assert np.abs(drawn[0] - drawn[1]).mean() < 0.1 * np.abs(drawn[1] - drawn[2]).mean()
+    assert still.num_patches == 4
+
+
 def test_figure_is_shown_by_notebooks_and_can_be_pickled() -> None:
     model: Any = create(img_size=64, num_patches=4)
     figure: Any = plot_patches(model, torch.rand(3, 20, 20), panels=('image',))
@@ -259,6 +279,7 @@ def test_196_patches_are_told_apart() -> None:
         (lambda model: plot_patches(model, torch.rand(3, 8, 8), images_per_row=0), 'images_per_row >= 1, got 0'),
         (lambda model: compare(model, torch.rand(3, 8, 8), ()), 'one number of patches or more, got none'),
         (lambda model: animate(model, torch.rand(3, 8, 8), ()), 'one number of patches or more, got none'),
+        (lambda model: animate_training([], torch.rand(3, 8, 8)), 'one model or more, got none'),
         (lambda model: plot_patches(model.blocks, torch.rand(3, 8, 8)), 'expected an APViT, got a Sequential'),
     ],
 )

@@ -10,16 +10,18 @@ from typing import Any
 import timm
 import torch
 
-from timm_apvit.finetuning.checkpoints import BEST, CONFIG_FILE, first_line, replacing
+from timm_apvit.figures import PANELS
+from timm_apvit.finetuning.checkpoints import BEST, CONFIG_FILE, LAST, first_line, replacing, snapshots
 from timm_apvit.finetuning.failures import is_out_of_memory
 from timm_apvit.finetuning.models import check_registered, create_model
 from timm_apvit.finetuning.options import Options
 from timm_apvit.finetuning.parsing import number, parse_num_patches
 from timm_apvit.finetuning.preparation import checked_device
 from timm_apvit.vision_transformer import APViT
-from timm_apvit.visualize import COLOURED_BY, PANELS, animate, compare, plot_patches, read_images
+from timm_apvit.visualize import COLOURED_BY, animate, animate_training, compare, plot_patches, read_images
 
 DPI = 150
+MOST_FRAMES = 48  # of an animation over a training
 
 
 def add_show_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,8 +46,8 @@ def add_show_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         '--animate',
         metavar='FILE.gif',
-        help="animation to write, over the numbers of patches (default: a sixteenth to all of the model's own; a run "
-        'keeps no snapshots of its training but the last and the best)',
+        help='animation to write: over the training, of a run that kept --snapshots; else, or with several numbers of '
+        "patches, over these (default: a sixteenth to all of the model's own)",
     )
     add(
         '--panels',
@@ -115,6 +117,8 @@ def check_outputs(given: dict[str, Any]) -> list[Path]:
         if any(path.absolute() == Path(image).absolute() for image in given['images']):
             raise ValueError(f'expected {options[name]} to be another file than the images, got {given[name]!r}')
         outputs.append(path)
+    if len({path.absolute() for path in outputs}) < len(outputs):
+        raise ValueError(f'expected --output and --animate to be two files, got {given["output"]!r} for both')
     if not outputs:
         raise ValueError('expected --output FILE, --animate FILE.gif or both, got neither')
     return outputs
@@ -173,8 +177,23 @@ def draw(model: APViT, given: dict[str, Any]) -> dict[Path, bytes]:
             figure.savefig(file, format=path.suffix[1:].lower(), dpi=DPI, bbox_inches='tight', pad_inches=0.05)
             drawn[path] = file.getvalue()
         if 'animate' in given:
-            drawn[Path(given['animate'])] = animate(model, images, budgets, **style)
+            kept = {} if budgets is not None and len(budgets) > 1 else _snapshots(given['checkpoint'])
+            models = ((epoch, load_model(str(folder))) for epoch, folder in kept.items())
+            drawn[Path(given['animate'])] = (
+                animate_training(models, images, budgets and budgets[0], **style)
+                if kept
+                else animate(model, images, budgets, **style)
+            )
     return drawn
+
+
+def _snapshots(name: str) -> dict[str, Path]:
+    """Models that a run kept of its training, at most `MOST_FRAMES`, evenly apart; none where it kept no others."""
+    found = list(snapshots(Path(name)).items())
+    frames = min(len(found), MOST_FRAMES)
+    if len(found) <= len({(Path(name) / link).resolve() for link in (BEST, LAST)}):
+        return {}
+    return dict(found[round(n * (len(found) - 1) / (frames - 1))] for n in range(frames))
 
 
 def _check_apvit(name: str) -> None:

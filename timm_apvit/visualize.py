@@ -1,11 +1,11 @@
 """Pictures of what a model looks at: where its patches lie, what they hold, and how attention falls on them.
 
 `plot_patches` draws any images, whatever their sizes; `compare` draws them at several numbers of patches, and `animate`
-makes a GIF of that. What each image is drawn as is a choice of panels.
+makes a GIF of that; `animate_training` makes one of several models. What each image is drawn as is a choice of panels.
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,16 @@ import numpy as np
 from torch import Tensor
 
 from timm_apvit.coords import NumPatches
+from timm_apvit.figures import (
+    PANELS,
+    Cell,
+    counted_patches,
+    draw_figure,
+    is_crowded,
+    load_drawing,
+    panel_cells,
+    shortened,
+)
 from timm_apvit.images import read_image
 from timm_apvit.views import PatchView, view_patches
 from timm_apvit.vision_transformer import APViT
@@ -22,21 +32,8 @@ if TYPE_CHECKING:
 
     from timm_apvit.images import AnyImage
 
-PANELS = {
-    'image': 'the image',
-    'fixed': 'fixed grid',
-    'adaptive': 'adaptive patches',
-    'outlines': 'where they lie',
-    'sheet': 'as the network sees them',
-    'coverage': 'patches that see a place',
-}
 CLASSIC = ('image', 'fixed', 'adaptive', 'outlines')
 COLOURED_BY = ('order', 'attention')
-WIDTHS = {1: 7.0, 2: 4.5, 3: 3.2}  # of a panel in inches, by how many are side by side
-NARROW = 2.6
-
-Cell = tuple[PatchView, str, str]
-"""A view, the name of a panel and its title."""
 
 
 def plot_patches(
@@ -82,8 +79,8 @@ def plot_patches(
     if images_per_row < 1:
         raise ValueError(f'expected images_per_row >= 1, got {images_per_row}')
     views = [view_patches(model, image, num_patches, color_by == 'attention') for image in read]
-    groups = [_panels(view, name, panels) for view, name in zip(views, names, strict=True)]
-    return _figure([list(chain(*groups[n : n + images_per_row])) for n in range(0, len(groups), images_per_row)])
+    groups = [panel_cells(view, name, panels) for view, name in zip(views, names, strict=True)]
+    return draw_figure([list(chain(*groups[n : n + images_per_row])) for n in range(0, len(groups), images_per_row)])
 
 
 def compare(
@@ -114,10 +111,10 @@ def compare(
     for image, name in zip(read, names, strict=True):
         views = [view_patches(model, image, budget, color_by == 'attention') for budget in budgets]
         for n, panel in enumerate(panels):
-            heads = [_patches(view) if n == 0 else PANELS[panel] for view in views]
-            heads[0] = '\n'.join([*(_shortened(name) if n == 0 else []), heads[0]])
+            heads = [counted_patches(view) if n == 0 else PANELS[panel] for view in views]
+            heads[0] = '\n'.join([*(shortened(name) if n == 0 else []), heads[0]])
             rows.append([(view, panel, head) for view, head in zip(views, heads, strict=True)])
-    return _figure(rows)
+    return draw_figure(rows)
 
 
 def animate(
@@ -147,15 +144,60 @@ def animate(
     Raises:
         ModuleNotFoundError, FileNotFoundError, ValueError: as `plot_patches`.
     """
-    drawing = _drawing()
     read, names = _checked(model, images, titles, panels, color_by)
     attention = color_by == 'attention'
     views = [[view_patches(model, image, n, attention) for image in read] for n in _budgets(model, num_patches)]
-    crowded = any(map(_is_crowded, chain(*views)))  # so that all frames have one size
+    return _film(views, [names] * len(views), panels, seconds)
+
+
+def animate_training(
+    models: Iterable[tuple[str, APViT]],
+    images: 'AnyImage | Sequence[AnyImage]',
+    num_patches: NumPatches | None = None,
+    *,
+    panels: Sequence[str] = ('outlines', 'adaptive'),
+    color_by: str = 'order',
+    titles: Sequence[str] | None = None,
+    seconds: float = 0.5,
+) -> bytes:
+    """Make a GIF of how patches came to lie where they do, a frame for each of several models.
+
+    Args:
+        models: with a name each, such as the snapshots of a training; taken one by one, so that they may be loaded
+            when it is their turn.
+        images: as in `plot_patches`.
+        num_patches: N or ``(gh, gw)``; None: those of each model.
+        panels: as in `plot_patches`.
+        color_by: as in `plot_patches`.
+        titles: one for each image.
+        seconds: that a frame stays.
+
+    Returns:
+        The file.
+
+    Raises:
+        ModuleNotFoundError, FileNotFoundError, ValueError: as `plot_patches`; there is no model.
+    """
+    views, captions = [], []
+    for name, model in models:
+        read, names = _checked(model, images, titles, panels, color_by)
+        views.append([view_patches(model, image, num_patches, color_by == 'attention') for image in read])
+        captions.append([', '.join(filter(None, (name, each))) for each in names])
+    if not views:
+        raise ValueError('expected one model or more, got none')
+    return _film(views, captions, panels, seconds)
+
+
+def _film(
+    views: Sequence[Sequence[PatchView]], names: Sequence[Sequence[str]], panels: Sequence[str], seconds: float
+) -> bytes:
+    """Make a GIF: for each frame the views, and the names, of all images."""
+    drawing = load_drawing()
+    crowded = any(map(is_crowded, chain(*views)))  # so that all frames have one size
     frames = []
-    for each in views:
-        rows = [_panels(view, name, panels) for view, name in zip(each, names, strict=True)]
-        frames.append(drawing.rendered(_figure(rows, crowded), dpi=100))
+    for seen, called in zip(views, names, strict=True):
+        rows = [panel_cells(view, name, panels) for view, name in zip(seen, called, strict=True)]
+        frames.append(drawing.rendered(draw_figure(rows, crowded), dpi=100))
     file: bytes = drawing.gif_bytes(frames, seconds)
     return file
 
@@ -206,87 +248,3 @@ def _budgets(model: APViT, num_patches: Sequence[NumPatches] | None) -> list[Num
     if not budgets:
         raise ValueError('expected one number of patches or more, got none')
     return budgets
-
-
-def _is_crowded(view: PatchView) -> bool:
-    return view.layout[0] > 64
-
-
-def _patches(view: PatchView) -> str:
-    number, rows = view.layout
-    grid = f'{rows}x{number // rows}, ' if number % rows == 0 and number > 1 else ''
-    return f'{grid}{number} patch{"es" if number > 1 else ""}'
-
-
-def _panels(view: PatchView, name: str, panels: Sequence[str]) -> list[Cell]:
-    """A view's panels with their titles: the image's name above the first, and once how many patches there are."""
-    counted = next((n for n, panel in enumerate(panels) if panel != 'image'), None)
-    cells: list[Cell] = []
-    for n, panel in enumerate(panels):
-        lines = _shortened(name) if n == 0 else []
-        if panel != 'image' or not lines:
-            lines.append(PANELS[panel])
-        cells.append((view, panel, '\n'.join([*lines, *([_patches(view)] if n == counted else [])])))
-    return cells
-
-
-def _shortened(name: str) -> list[str]:
-    """A name that fits above a panel, in no or one line, without what no font can show."""
-    clean = ''.join(c if c.isprintable() else '?' for c in name)
-    return [clean if len(clean) <= 34 else f'{clean[:16]}…{clean[-17:]}'] if clean else []
-
-
-def _drawing() -> Any:
-    """The module that needs matplotlib."""
-    try:
-        from timm_apvit import drawing
-    except ModuleNotFoundError as error:
-        if error.name is None or not error.name.startswith('matplotlib'):
-            raise
-        raise ModuleNotFoundError("pictures need matplotlib: pip install 'timm-apvit[pictures]'") from None
-    return drawing
-
-
-def _figure(rows: list[list[Cell]], crowded: bool = False) -> 'Figure':
-    """Draw rows of panels; scales are those of all of them.
-
-    Args:
-        rows: of any lengths.
-        crowded: draw the panels larger, as where there are many patches.
-    """
-    drawing = _drawing()
-    cells = [cell for row in rows for cell in row]
-    columns = max(map(len, rows))
-    width = WIDTHS.get(columns, NARROW)
-    if columns > 1 and (crowded or any(_is_crowded(view) for view, _, _ in cells)):
-        width *= 1.4
-    heights = [
-        max(width * drawing.panel_aspect(view) + 0.2 + 0.18 * len(title.splitlines()) for view, _, title in row)
-        for row in rows
-    ]
-    attentions = [view.attention for view, _, _ in cells if view.attention is not None]
-    scale = drawing.attention_scale(attentions) if attentions else None
-    most = max((drawing.coverage(view).max() for view, panel, _ in cells if panel == 'coverage'), default=0)
-    figure: Figure = drawing.Picture(
-        figsize=(width * columns + 0.8 * (bool(attentions) + bool(most)), sum(heights)), layout='compressed'
-    )
-    axes = figure.subplots(len(rows), columns, squeeze=False, gridspec_kw={'height_ratios': heights})
-    for axis in axes.flat:
-        axis.set_axis_off()
-    heat = None
-    for row, row_axes in zip(rows, axes, strict=True):
-        for axis, (view, panel, title) in zip(row_axes, row, strict=False):
-            axis.set_axis_on()
-            axis.set_title(title, fontsize=9, parse_math=False)
-            if panel == 'coverage':
-                heat = drawing.draw_coverage(axis, view, most)
-            elif panel in ('image', 'fixed'):
-                getattr(drawing, f'draw_{panel}')(axis, view)
-            else:
-                colours = drawing.colours_in_order(view) if scale is None else scale.to_rgba(view.attention)
-                getattr(drawing, f'draw_{panel}')(axis, view, colours)
-    if heat is not None:
-        drawing.add_bar(figure, heat, 'patches', whole=True)
-    if scale is not None:
-        drawing.add_bar(figure, scale, 'attention (1: an even share)', whole=False)
-    return figure

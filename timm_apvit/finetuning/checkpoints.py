@@ -27,14 +27,16 @@ class CheckpointStore:
     """Versioned checkpoints of one training in a directory, with links to the last and the best of them.
 
     ``directory/checkpoints/epoch-0003/`` holds a version, ``directory/last`` and ``directory/best`` link to versions.
-    What no link names is removed.
+    What no link names is removed, but for its exported model if snapshots are kept.
 
     Args:
         directory: exists.
+        keeps_snapshots: whether the models of all versions are kept.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, keeps_snapshots: bool = False) -> None:
         self.directory = directory
+        self.keeps_snapshots = keeps_snapshots
         self.versions = directory / VERSIONS
 
     def save(self, name: str, state: dict[str, Any], best: str, export: Callable[[Path], None]) -> None:
@@ -75,12 +77,12 @@ class CheckpointStore:
             self.mark_best(best)
 
     def mark_best(self, name: str) -> None:
-        """Let ``best`` name a version, and remove the versions that no link names."""
+        """Let ``best`` name a version, and remove the versions that no link names, or at least what resumes them."""
         self._link(BEST, name)
         linked = {(self.directory / link).readlink().name for link in (LAST, BEST)}
         for path in self.versions.iterdir():
             if path.name not in linked:
-                _remove(path)
+                _remove(path / STATE_FILE if self.keeps_snapshots else path)
 
     def load(self) -> dict[str, Any] | None:
         """Load the state of the last version; None: nothing was saved yet.
@@ -107,6 +109,12 @@ class CheckpointStore:
         swapped.symlink_to(Path(VERSIONS, name), target_is_directory=True)
         swapped.replace(self.directory / link)
         _flush(self.directory)
+
+
+def snapshots(directory: Path) -> dict[str, Path]:
+    """The models of a run's versions: the names of these, such as ``'epoch-0003'``, in order, and their folders."""
+    found = sorted((directory / VERSIONS).glob('[!.]*/config.json'))
+    return {path.parent.name: path.parent for path in found}
 
 
 @contextmanager

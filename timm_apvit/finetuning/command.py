@@ -131,7 +131,7 @@ def _train(
         log.write(rows)
         _echo(f'{name:<12}  {epoch_line(rows[-1], run.schedule.epochs)}')
 
-    store = CheckpointStore(directory)
+    store = CheckpointStore(directory, run.options.snapshots)
     with closing(MetricsLog(directory, run.options.tensorboard)) as log:
         return train(model, run.splits, run.schedule, store, export, on_epoch, name, run.distillation)
 

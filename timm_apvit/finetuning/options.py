@@ -39,8 +39,8 @@ EMBEDDED_MODEL_KWARGS: dict[str, Any] = {
 }
 # These change where and how fast a run computes, and where it goes, not what: --resume takes them anew.
 RUNTIME_OPTIONS = frozenset({'output', 'resume', 'workers', 'device', 'threads', 'timeout', 'push_to_hub', 'private'})
-# These too, but a run keeps them until --resume changes them: whether it fits into memory, and what it tells.
-CHANGEABLE_OPTIONS = frozenset({'grad_accum', 'grad_checkpointing', 'compile', 'tensorboard'})
+# These too, but a run keeps them until --resume changes them: whether it fits into memory, what it tells and keeps.
+CHANGEABLE_OPTIONS = frozenset({'grad_accum', 'grad_checkpointing', 'compile', 'tensorboard', 'snapshots'})
 
 
 @dataclass(frozen=True)
@@ -92,6 +92,7 @@ class Options(DataOptions):
     threads: int | None = None
     device: str | None = None
     tensorboard: bool = False
+    snapshots: bool = False
     push_to_hub: str | None = None
     private: bool = False
     output: str | None = None
@@ -184,6 +185,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         '--tensorboard',
         action=argparse.BooleanOptionalAction,
         help='write the metrics for TensorBoard too (default: no: metrics.csv and metrics.jsonl have them all)',
+    )
+    add(
+        '--snapshots',
+        action=argparse.BooleanOptionalAction,
+        help='keep the model of every epoch, from which show --animate draws how the patches came to lie (default: no: '
+        'they take the space of a model each)',
     )
     add(
         '--push-to-hub',
