@@ -150,7 +150,7 @@ def place(model: APViT, name: str) -> APViT:
         patching.__class__ = PlacedPatching
         patching.by_chance = name == 'random'
     if name == 'frozen':
-        # Heads at zero would be the fixed grid: these move a patch by up to half its range.
-        for head in patching.localizer.head.values():
-            nn.init.normal_(head.weight, std=0.1)
+        # Layers at zero would be the fixed grid: these move a patch by up to half its range.
+        for layer in patching.localizer.fields.values():
+            nn.init.normal_(layer.weight, std=0.1)
     return model

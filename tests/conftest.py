@@ -60,7 +60,7 @@ def move_patches(model: nn.Module, std: float = 1.0) -> nn.Module:
     """Make the localisation network predict transforms that differ by patch and image."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if 'localizer.head' in name or 'geometry_embed' in name:
+            if 'localizer.fields' in name or 'geometry_embed' in name:
                 parameter.normal_(std=std)
     return model
 

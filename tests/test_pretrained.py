@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 import timm_apvit
 from timm_apvit.vision_transformer import ADAPTIVE_KEYS
 
-HEAD = 'patch_embed.patching.localizer.head.'
+FIELDS = 'patch_embed.patching.localizer.fields.'
 REFUSED = (RuntimeError, ValueError, KeyError)
 # Where the head or the channels differ, timm loads leniently.
 MODES = {
@@ -128,6 +128,17 @@ def test_local_directory_of_a_vit_gives_the_vit(files, vit, tmp_path):
     assert_equal_up_to_rounding(model(images(*SQUARE)), vit(images(*SQUARE)))
 
 
+def test_checkpoint_with_the_former_name_of_the_fields_loads(tmp_path):
+    model = adaptive(num_patches=9)
+    former = {key.replace(FIELDS, FIELDS.replace('fields', 'head')): value for key, value in model.state_dict().items()}
+    assert former.keys() != model.state_dict().keys()
+    x = images(*SQUARE)
+    assert torch.equal(create(saved(former, tmp_path), num_patches=9)(x), model(x))
+    again = timm.create_model('test_apvit', num_patches=9).eval()
+    again.load_state_dict(former)
+    assert torch.equal(again(x), model(x))
+
+
 CHANGES = {
     'nothing': lambda model: None,
     'num_patches': lambda model: model.set_num_patches(23),
@@ -187,9 +198,9 @@ def test_checkpoint_of_a_narrower_family_is_widened_and_of_another_refused(narro
     if has <= wants:
         again = create(file, transform=wide)
         assert_equal_up_to_rounding(again(images(*SQUARE)), model(images(*SQUARE)))
-        assert {name for name in wants if not again.state_dict()[f'{HEAD}{name}.weight'].any()} == wants - has
+        assert {name for name in wants if not again.state_dict()[f'{FIELDS}{name}.weight'].any()} == wants - has
         return
-    names = '|'.join(re.escape(HEAD + name) for name in has - wants)
+    names = '|'.join(re.escape(FIELDS + name) for name in has - wants)
     for kwargs in ({}, MODES['classes'], MODES['features']):
         with pytest.raises(REFUSED, match=names):
             create(file, transform=wide, **kwargs)
@@ -219,7 +230,7 @@ WRONG = [
     ('missing', 'patch_embed.proj.weight'),
     ('missing', 'pos_embed'),
     ('unexpected', 'blocks.6.norm1.weight'),
-    ('unexpected', HEAD + 'swirl.weight'),
+    ('unexpected', FIELDS + 'swirl.weight'),
     ('unexpected', 'head.junk'),
     ('missing', 'head.weight'),
     ('misshapen', 'blocks.2.mlp.fc1.bias'),
@@ -228,10 +239,10 @@ WRONG = [
 WRONG_ADAPTIVE = [
     ('missing', 'patch_embed.geometry_embed.weight'),
     ('missing', 'patch_embed.patching.localizer.stem.0.0.weight'),
-    ('missing', HEAD + 'shift.bias'),
+    ('missing', FIELDS + 'shift.bias'),
     ('misshapen', 'patch_embed.geometry_embed.bias'),
     ('misshapen', 'patch_embed.patching.localizer.stem.0.0.weight'),
-    ('misshapen', HEAD + 'shift.weight'),
+    ('misshapen', FIELDS + 'shift.weight'),
 ]
 CASES = [('test_vit', *case) for case in WRONG] + [('test_apvit', *case) for case in WRONG[:1] + WRONG_ADAPTIVE]
 CASES += [('vit_tiny_patch16_224', 'another size', 'blocks.10.'), ('test_vit', 'junk', 'junk')]

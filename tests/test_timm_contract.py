@@ -54,7 +54,7 @@ def test_every_option_of_timm_equals_the_vit(kwargs):
 @pytest.mark.parametrize('mode', ['', 'jax', 'jax_nlhb', 'moco', 'skip', 'reset'])
 def test_identity_after_every_weight_initialisation(mode):
     model = timm.create_model('test_apvit', weight_init=mode)
-    assert {p.abs().max().item() for n, p in model.named_parameters() if 'localizer.head' in n} == {0.0}
+    assert {p.abs().max().item() for n, p in model.named_parameters() if 'localizer.fields' in n} == {0.0}
     model.init_weights()
     assert {p.abs().max().item() for n, p in model.named_parameters() if 'geometry_embed' in n} == {0.0}
 
@@ -149,9 +149,9 @@ def test_copies_and_pickles():
 
 def test_a_plain_vits_state_loads_strictly_and_any_other_fails_by_name():
     model, vit = create(), randomise(timm.create_model('test_vit'))
-    head = model.patch_embed.patching.localizer.head['shift'].weight.clone()
+    shift = model.patch_embed.patching.localizer.fields['shift'].weight.clone()
     model.load_state_dict(vit.state_dict())
-    torch.testing.assert_close(model.patch_embed.patching.localizer.head['shift'].weight, head)
+    torch.testing.assert_close(model.patch_embed.patching.localizer.fields['shift'].weight, shift)
     state = vit.state_dict()
     del state['blocks.3.attn.qkv.weight']
     with pytest.raises(RuntimeError, match=r'blocks\.3\.attn\.qkv\.weight'):
@@ -164,11 +164,11 @@ def test_a_plain_vits_state_loads_strictly_and_any_other_fails_by_name():
 
 def test_scripted_gradients_are_those_of_eager_where_no_patch_is_at_a_bound():
     model = create(transform='scale', num_classes=3, num_patches=9)
-    head = model.patch_embed.patching.localizer.head
+    fields = model.patch_embed.patching.localizer.fields
     with torch.no_grad():
-        for p in [*head['shift'].parameters(), *head['scale'].parameters()]:
+        for p in [*fields['shift'].parameters(), *fields['scale'].parameters()]:
             p.zero_()
-        head['scale'].bias.fill_(-0.3)  # smaller than their cells, which they fill at first
+        fields['scale'].bias.fill_(-0.3)  # smaller than their cells, which they fill at first
     image, gradients = torch.randn(2, 3, 96, 96), []
     for each in (model, torch.jit.script(model)):
         model.zero_grad()

@@ -61,7 +61,7 @@ class Localizer(ScaleKeeping):
         self.from_context = nn.Linear(context, width, bias=False, **factory)
         self.from_anchor = nn.Linear(4, width, bias=False, **factory)
         self.mlp = nn.Sequential(nn.GELU(), nn.Linear(width, width, **factory), nn.GELU())
-        self.head = nn.ModuleDict({name: ZeroLinear(width, FIELDS[name], **factory) for name in fields})
+        self.fields = nn.ModuleDict({name: ZeroLinear(width, FIELDS[name], **factory) for name in fields})
         self.init_weights()
 
     def look(self, image: Tensor) -> tuple[Tensor, Tensor]:
@@ -93,6 +93,6 @@ class Localizer(ScaleKeeping):
         place = torch.cat([anchor_centres, torch.log(anchor_extents)], dim=-1).to(dtype)
         hidden = self.mlp(self.from_feature(at_anchors) + context + self.from_anchor(place))
         parameters: dict[str, Tensor] = {}
-        for name, layer in self.head.items():
+        for name, layer in self.fields.items():
             parameters[name] = layer(hidden).float()
         return parameters

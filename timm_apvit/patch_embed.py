@@ -17,6 +17,9 @@ from timm_apvit.transforms import PatchGeometry
 GEOMETRY_FEATURES = 7
 # Submodules of `AdaptivePatchEmbed` that timm's ``PatchEmbed`` does not have.
 ADAPTIVE_MODULES = ('patching.', 'geometry_embed.')
+# Of the layers that predict transforms. A first name of theirs ended in 'head', by which PEFT and others find a
+# classifier; checkpoints of that time load.
+_FIELDS, _FORMER_FIELDS = '.localizer.fields.', '.localizer.head.'
 
 
 class PatchTokens(NamedTuple):
@@ -200,15 +203,17 @@ def complete_state_dict(module: nn.Module, state_dict: dict[str, Any], prefix: s
     them gets a zero, the identity, for each transform field that it does not predict; whatever else it lacks, loading
     reports.
     """
+    for key in [key for key in state_dict if _FORMER_FIELDS in key]:
+        state_dict[key.replace(_FORMER_FIELDS, _FIELDS)] = state_dict.pop(key)
     own = {k: v for k, v in module.state_dict(prefix=prefix).items() if k[len(prefix) :].startswith(ADAPTIVE_MODULES)}
     plain = not any(key in state_dict for key in own)
     focuses = any('.focus.' in key for key in state_dict)
-    predicted = {key.rpartition('.')[0] for key in state_dict if '.localizer.head.' in key}
+    predicted = {key.rpartition('.')[0] for key in state_dict if _FIELDS in key}
     for key, value in own.items():
         field = key.rpartition('.')[0]
         new = plain or ('.focus.' in key and not focuses)
         if new and not value.is_meta:  # what holds no value is reported as missing
             state_dict[key] = value
         # Every family predicts the shift: a checkpoint without it is not of a smaller family, but broken.
-        elif '.localizer.head.' in key and field not in predicted and not field.endswith('.shift'):
+        elif _FIELDS in key and field not in predicted and not field.endswith('.shift'):
             state_dict[key] = torch.zeros_like(value)
