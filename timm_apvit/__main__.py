@@ -1,16 +1,36 @@
-"""The command line: ``python -m timm_apvit COMMAND``."""
+"""The command line: ``timm-apvit COMMAND``, or ``python -m timm_apvit COMMAND``."""
 
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NoReturn
 
 from timm_apvit import __version__
+from timm_apvit.completion import add_completion_argument
 from timm_apvit.finetuning.command import finetune
 from timm_apvit.finetuning.evaluate import add_evaluate_arguments, evaluate_command
 from timm_apvit.finetuning.options import add_arguments
 from timm_apvit.finetuning.push import add_push_arguments, push_command
+from timm_apvit.script import add_run_arguments, run_command
 from timm_apvit.show import add_show_arguments, show_command
+
+PROGRAM = 'timm-apvit'
+COMMANDS = (
+    ('finetune', 'fine-tune a model on images, or on embedded digits', add_arguments, finetune),
+    ('evaluate', 'measure accuracy and speed by number of patches', add_evaluate_arguments, evaluate_command),
+    ('show', 'draw where a model looks in images', add_show_arguments, show_command),
+    ('push', 'push a model to the Hugging Face Hub, with a card', add_push_arguments, push_command),
+    ('run', "run a script, such as timm's train.py, with our models", add_run_arguments, run_command),
+)
+EXAMPLE = """\
+train a small model for five minutes, measure it with fewer patches and more, and look where it looks:
+  {prog} finetune --output runs/first
+  {prog} evaluate runs/first --num-patches 9,16,25
+  {prog} show photo.jpg --checkpoint runs/first -o patches.png
+
+{prog} COMMAND --help tells more of a command.
+"""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -20,32 +40,28 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f'error: {message} (see {self.prog} --help)\n')
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command and return its exit status."""
-    offered = (
-        ('finetune', 'fine-tune a model on a folder of images, or on embedded digits', add_arguments, finetune),
-        (
-            'evaluate',
-            'measure accuracy, cost and speed of a model at several numbers of patches',
-            add_evaluate_arguments,
-            evaluate_command,
-        ),
-        ('show', 'draw where a model looks in images, and what its patches hold', add_show_arguments, show_command),
-        (
-            'push',
-            'push a run, or a saved model, to the Hugging Face Hub, with a model card',
-            add_push_arguments,
-            push_command,
-        ),
+def make_parser(prog: str) -> argparse.ArgumentParser:
+    """Parser of the command line of a program of this name."""
+    parser = _Parser(
+        prog=prog,
+        description='Vision Transformers with adaptive patches.',
+        epilog=EXAMPLE.format(prog=prog),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser = _Parser(prog='python -m timm_apvit', description='Vision Transformers with adaptive patches.')
     parser.add_argument('--version', action='version', version=f'timm-apvit {__version__}')
-    commands = parser.add_subparsers(required=True, metavar='COMMAND')
-    for name, help_text, add, run in offered:
+    add_completion_argument(parser, lambda: make_parser(PROGRAM))
+    commands = parser.add_subparsers(required=True, metavar='COMMAND', title='commands')
+    for name, help_text, add, run in COMMANDS:
         command = commands.add_parser(name, help=help_text, description=f'{help_text[0].upper()}{help_text[1:]}.')
         add(command)
         command.set_defaults(run=run)
-    given = vars(parser.parse_args(arguments))
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit status."""
+    installed = Path(sys.argv[0]).stem == PROGRAM
+    given = vars(make_parser(PROGRAM if installed else 'python -m timm_apvit').parse_args(arguments))
     run = given.pop('run')
     return int(run(given))
 
