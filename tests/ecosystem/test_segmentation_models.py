@@ -1,0 +1,47 @@
+"""Decoders of segmentation_models_pytorch on our models: those that take ViTs."""
+
+import pytest
+import torch
+from conftest import move_patches
+from torch.nn.functional import binary_cross_entropy_with_logits
+
+smp = pytest.importorskip('segmentation_models_pytorch', minversion='0.5')
+
+
+def squares(number=4, size=64):
+    """Images ``(B, 3, H, W)`` with a bright square, and where it is: ``(B, 1, H, W)``."""
+    generator = torch.Generator().manual_seed(0)
+    masks = torch.zeros(number, 1, size, size)
+    for mask, (y, x) in zip(masks, torch.randint(0, size // 2, (number, 2), generator=generator), strict=True):
+        mask[:, y : y + size // 2, x : x + size // 2] = 1
+    return masks * 2 + 0.3 * torch.randn(number, 3, size, size, generator=generator), masks
+
+
+@pytest.mark.parametrize('num_patches', [None, 9])
+def test_dpt_learns_to_segment(num_patches):
+    small = {'decoder_intermediate_channels': (16, 16, 16, 16), 'decoder_fusion_channels': 16}
+    model = smp.DPT('tu-test_apvit', encoder_weights=None, num_patches=num_patches, img_size=64, **small)
+    move_patches(model, std=0.1)
+    x, masks = squares()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    losses = []
+    for _ in range(12):
+        prediction = model(x)
+        assert prediction.shape == masks.shape
+        loss = binary_cross_entropy_with_logits(prediction, masks)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.6 * losses[0]
+    localizer = model.encoder.model.patch_embed.patching.localizer
+    assert all(parameter.grad.abs().sum() > 0 for parameter in localizer.parameters())
+
+
+@pytest.mark.parametrize('encoder', ['tu-test_vit', 'tu-test_apvit'])
+@pytest.mark.parametrize('decoder', ['Unet', 'FPN', 'Segformer', 'UPerNet'])
+@pytest.mark.xfail(
+    strict=True, raises=ValueError, reason='of all decoders DPT alone takes ViTs, whose maps are all of one scale'
+)
+def test_pyramid_decoders(decoder, encoder):
+    getattr(smp, decoder)(encoder, encoder_weights=None)

@@ -1,0 +1,81 @@
+"""The command line tells a newcomer what there is, under both of its names, and a shell completes it."""
+
+import re
+import shutil
+import subprocess
+import sys
+from importlib.metadata import EntryPoint
+from pathlib import Path
+
+import pytest
+
+from timm_apvit.__main__ import COMMANDS, PROGRAM, main, make_parser
+
+PROJECT = Path(__file__).parents[1] / 'pyproject.toml'
+
+
+def said(capsys, *arguments):
+    """Status and text of a command that ends by itself."""
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    return ended.value.code, capsys.readouterr()
+
+
+def test_console_script_is_the_module():
+    entry = re.search(r'^\[project\.scripts\]\n(\S+) = "(.*)"', PROJECT.read_text(), re.M)
+    assert entry[1] == PROGRAM
+    assert EntryPoint(entry[1], entry[2], 'console_scripts').load() is main
+
+
+@pytest.mark.parametrize(('path', 'name'), [
+    ('/x/timm-apvit', 'timm-apvit'), (r'timm-apvit.exe', 'timm-apvit'), ('/x/__main__.py', 'python -m timm_apvit'),
+])  # fmt: skip
+def test_help_has_a_line_for_each_command_and_an_example_that_parses(path, name, monkeypatch, capsys):
+    monkeypatch.setenv('COLUMNS', '80')
+    monkeypatch.setattr(sys, 'argv', [path])
+    status, output = said(capsys, '--help')
+    assert status == 0
+    assert output.out.startswith(f'usage: {name} ')
+    lines = output.out.splitlines()
+    for command, help_text, *_ in COMMANDS:
+        assert [line.split(maxsplit=1) for line in lines if line.startswith(f'    {command} ')] == [
+            [command, help_text]
+        ]
+    examples = [line.strip().removeprefix(name).split() for line in lines if line.startswith(f'  {name} ')]
+    assert [words[0] for words in examples] == ['finetune', 'evaluate', 'show']
+    for words in examples:
+        make_parser(name).parse_args(words)
+
+
+def completions(script, *words):
+    """What bash offers for the last of the words."""
+    program = f"""
+        source {script}
+        COMP_WORDS=({' '.join(map(repr, words))}) COMP_CWORD={len(words) - 1}
+        _shtab_timm_apvit
+        printf '%s\\n' "${{COMPREPLY[@]}}"
+    """
+    shown = subprocess.run(['bash', '-c', program], cwd=script.parent, capture_output=True, text=True, check=True)
+    return set(shown.stdout.split())
+
+
+def test_bash_completes_commands_options_and_files(tmp_path, capsys):
+    pytest.importorskip('shtab')
+    if shutil.which('bash') is None:
+        pytest.skip('bash is not installed')
+    status, output = said(capsys, '--print-completion', 'bash')
+    assert status == 0
+    (tmp_path / 'completion').write_text(output.out)
+    (tmp_path / 'photo.jpg').touch()
+    offered = [
+        completions(tmp_path / 'completion', PROGRAM, *words)
+        for words in (['fi'], ['evaluate', '--num-p'], ['show', 'pho'], ['run', 'compl'], ['evaluate', '--amp', ''])
+    ]
+    assert offered == [{'finetune'}, {'--num-patches'}, {'photo.jpg'}, {'completion'}, {'bfloat16', 'float16'}]
+
+
+def test_rejects_completion_without_shtab(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, 'shtab', None)
+    status, output = said(capsys, '--print-completion', 'zsh')
+    assert status == 2
+    assert "pip install 'timm-apvit[completion]'" in output.err
