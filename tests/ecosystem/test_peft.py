@@ -3,7 +3,7 @@
 import pytest
 import timm
 import torch
-from conftest import assert_equal_up_to_rounding
+from conftest import assert_equal_up_to_rounding, relative
 from torch.nn.functional import cross_entropy
 
 import timm_apvit
@@ -65,8 +65,8 @@ def test_saved_and_loaded_it_gives_the_same_logits(trained, tmp_path):
     x, _ = images()
     model.save_pretrained(tmp_path)
     again = peft.PeftModel.from_pretrained(base(**kwargs), tmp_path).eval()
-    assert torch.equal(again(x), model(x))
-    assert not torch.equal(base(**kwargs).eval()(x), model(x))
+    assert_equal_up_to_rounding(again(x), model(x))
+    assert relative(base(**kwargs).eval()(x) - model(x), model(x)) > 0.1
 
 
 def test_merged_it_is_an_apvit_that_timm_loads(trained, tmp_path):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from conftest import assert_equal_up_to_rounding, create, randomise
+from conftest import assert_equal_up_to_rounding, create, randomise, relative
 from hub_server import client_environment, serve
 from PIL import Image
 from torch import nn
@@ -27,7 +27,8 @@ MODEL_ARGS = {'num_patches': (3, 5), 'transform': 'affine', 'max_zoom': 3.0, 'ma
 def saved(tmp_path_factory):
     """A model that differs in every argument from what its name says, and the folder that it is saved in."""
     folder = tmp_path_factory.mktemp('saved')
-    model = randomise(create(img_size=64, num_classes=3, **MODEL_ARGS), std=0.2)
+    torch.manual_seed(0)
+    model = randomise(create(img_size=64, num_classes=3, **MODEL_ARGS))
     timm_apvit.save_pretrained(model, folder, label_names=NAMES)
     return model, str(folder)
 
@@ -48,14 +49,14 @@ def test_auto_classes_give_the_model_with_every_argument(saved):
     model, folder = saved
     x = images(2, 3, 64, 64)
     loaded = classifier(folder)
-    assert torch.equal(loaded(x).logits, model(x))
+    assert_equal_up_to_rounding(loaded(x).logits, model(x))
     assert loaded.timm_model.adaptive_args() == model.adaptive_args()
     assert loaded.config.id2label == dict(enumerate(NAMES))
     backbone = transformers.AutoModel.from_pretrained(folder).eval()
     outputs = backbone(x, output_hidden_states=True)
-    assert torch.equal(backbone(x).last_hidden_state, model.forward_features(x))
-    assert torch.equal(outputs.last_hidden_state, model.forward_features(x))
-    assert torch.equal(model.head(outputs.pooler_output), model(x))
+    assert_equal_up_to_rounding(backbone(x).last_hidden_state, model.forward_features(x))
+    assert_equal_up_to_rounding(outputs.last_hidden_state, model.forward_features(x))
+    assert_equal_up_to_rounding(model.head(outputs.pooler_output), model(x))
     assert [tuple(each.shape) for each in outputs.hidden_states] == [(2, 64, 4, 4)] * 6
 
 
@@ -64,8 +65,8 @@ def test_number_of_patches_may_change_and_images_have_any_size(saved):
     loaded, twin = classifier(folder), timm.create_model(f'local-dir:{folder}', pretrained=True, num_patches=7).eval()
     loaded.timm_model.set_num_patches(7)
     x = images(1, 3, 80, 48)
-    assert torch.equal(loaded(x).logits, twin(x))
-    assert not torch.equal(loaded(x).logits, model(x))
+    assert_equal_up_to_rounding(loaded(x).logits, twin(x))
+    assert relative(loaded(x).logits - model(x), model(x)) > 0.01
 
 
 def test_processor_and_pipeline_classify_as_timm_does(saved):
@@ -74,11 +75,11 @@ def test_processor_and_pipeline_classify_as_timm_does(saved):
     config['input_size'] = (3, 64, 64)
     expected = timm.data.create_transform(**config)(picture())[None]
     processor = transformers.AutoImageProcessor.from_pretrained(folder)
-    assert torch.equal(processor(picture(), return_tensors='pt')['pixel_values'], expected)
+    assert_equal_up_to_rounding(processor(picture(), return_tensors='pt')['pixel_values'], expected)
     found = transformers.pipeline('image-classification', model=folder)(picture())
     probabilities = model(expected)[0].softmax(0)
     assert {each['label']: each['score'] for each in found} == pytest.approx(
-        dict(zip(NAMES, probabilities.tolist(), strict=True)), rel=1e-4
+        dict(zip(NAMES, probabilities.tolist(), strict=True)), rel=1e-3
     )
 
 
@@ -86,9 +87,9 @@ def test_save_pretrained_and_back_is_the_same_model_to_both_libraries(saved, tmp
     model, folder = saved
     x = images(2, 3, 64, 64)
     classifier(folder).save_pretrained(tmp_path)
-    assert torch.equal(classifier(tmp_path)(x).logits, model(x))
+    assert_equal_up_to_rounding(classifier(tmp_path)(x).logits, model(x))
     again = timm.create_model(f'local-dir:{tmp_path}', pretrained=True).eval()
-    assert torch.equal(again(x), model(x))
+    assert_equal_up_to_rounding(again(x), model(x))
     assert again.adaptive_args() == model.adaptive_args()
 
 
@@ -129,9 +130,9 @@ def test_trainer_fine_tunes_and_its_checkpoint_comes_back(saved, tmp_path):
     assert {name for name in before if 'localizer' in name} <= changed
     (checkpoint,) = tmp_path.glob('checkpoint-*')
     x = images(2, 3, 64, 64)
-    assert torch.equal(classifier(checkpoint)(x).logits, model.eval()(x).logits)
+    assert_equal_up_to_rounding(classifier(checkpoint)(x).logits, model.eval()(x).logits)
     timm_apvit.save_pretrained(model.timm_model, tmp_path / 'ours', label_names=list(model.config.id2label.values()))
-    assert torch.equal(classifier(tmp_path / 'ours')(x).logits, model(x).logits)
+    assert_equal_up_to_rounding(classifier(tmp_path / 'ours')(x).logits, model(x).logits)
 
 
 def test_other_classes_keep_the_rest_of_the_weights(saved):
@@ -139,7 +140,7 @@ def test_other_classes_keep_the_rest_of_the_weights(saved):
     loaded = classifier(folder, num_labels=5, ignore_mismatched_sizes=True)
     x = images(2, 3, 64, 64)
     assert loaded(x).logits.shape == (2, 5)
-    assert torch.equal(loaded.timm_model.forward_features(x), model.forward_features(x))
+    assert_equal_up_to_rounding(loaded.timm_model.forward_features(x), model.forward_features(x))
 
 
 FROM_HUB = """
