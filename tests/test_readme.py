@@ -1,6 +1,8 @@
 """What the README and the docstrings show runs."""
 
 import doctest
+import inspect
+import pydoc
 import re
 import shlex
 from pathlib import Path
@@ -51,9 +53,14 @@ def test_docstring_examples_run(module):
     assert result.failed == 0
 
 
-def test_every_public_name_is_documented():
-    for name in set(timm_apvit.__all__) - {'TRANSFORMS', '__version__'}:
-        assert getattr(timm_apvit, name).__doc__
+def test_help_of_every_public_name_and_its_methods_says_what_it_is():
+    for name in set(timm_apvit.__all__) - {'__version__'}:
+        public = getattr(timm_apvit, name)
+        assert len(pydoc.plain(pydoc.render_doc(public)).splitlines()) > 3
+        if name != 'TRANSFORMS':
+            assert inspect.getdoc(public) not in (None, inspect.getdoc(object))
+        methods = {key: each for key, each in vars(public).items() if key[0] != '_'} if inspect.isclass(public) else {}
+        assert [key for key, each in methods.items() if inspect.isroutine(each) and not inspect.getdoc(each)] == []
 
 
 def test_table_is_that_of_the_results():
