@@ -131,7 +131,6 @@ def test_local_directory_of_a_vit_gives_the_vit(files, vit, tmp_path):
 def test_checkpoint_with_the_former_name_of_the_fields_loads(tmp_path):
     model = adaptive(num_patches=9)
     former = {key.replace(FIELDS, FIELDS.replace('fields', 'head')): value for key, value in model.state_dict().items()}
-    assert former.keys() != model.state_dict().keys()
     again = timm.create_model('test_apvit', num_patches=9).eval()
     again.load_state_dict(former)
     x = images(*SQUARE)

@@ -187,13 +187,22 @@ class AdaptivePatchEmbed(PatchEmbed):  # type: ignore[misc]
             x = F.pad(x, [0, canvas[1] - x.shape[-1], 0, canvas[0] - x.shape[-2]])
 
         patches, geometry = self.patching(x, layout)
-        weight = self.proj.weight
-        # The convolution of a patch that is as large as its kernel is a matrix product, and three times as fast as one.
-        tokens = self.norm(F.linear(patches.flatten(2).to(weight.dtype), weight.flatten(1), self.proj.bias))
+        dtype = self.proj.weight.dtype
+        tokens = self.norm(self._project(patches.to(dtype)))
         centres, _ = anchors(layout, x.device)
         features = geometry_features(geometry, centres, base_grid)
-        tokens = tokens + self.geometry_embed(features.to(weight.dtype))
+        tokens = tokens + self.geometry_embed(features.to(dtype))
         return PatchTokens(tokens, geometry, layout_grid(layout))
+
+    def _project(self, patches: Tensor) -> Tensor:
+        """Project patches: ``(B, N, C, P_h, P_w)`` -> ``(B, N, D)``."""
+        if not torch.jit.is_scripting():  # noqa: SIM102  TorchScript would compile what an `and` joins
+            if type(self.proj) is not nn.Conv2d:
+                # An adapter, such as PEFT's: what it adds is in its forward alone.
+                adapted: Tensor = self.proj(patches.flatten(0, 1))  # (B * N, D, 1, 1)
+                return adapted.reshape(patches.shape[0], patches.shape[1], -1)
+        # The convolution of a patch that is as large as its kernel is a matrix product, and three times as fast as one.
+        return F.linear(patches.flatten(2), self.proj.weight.flatten(1), self.proj.bias)
 
 
 def complete_state_dict(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:

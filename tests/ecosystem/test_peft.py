@@ -88,3 +88,14 @@ def test_number_of_patches_of_an_adapted_model_may_change(trained):
         assert model.forward_features(x).shape == (2, 1 + 11, 64)
     finally:
         model.set_num_patches(6)
+
+
+def test_adapters_of_the_projection_of_patches_count_too():
+    x, _ = images(4)
+    config = peft.LoraConfig(r=4, target_modules=['qkv', 'proj'], init_lora_weights=False)
+    adapted = peft.get_peft_model(base().eval(), config)
+    (projection,) = (module for name, module in adapted.named_modules() if name.endswith('patch_embed.proj'))
+    expected = adapted(x)
+    expected.square().sum().backward()
+    assert projection.lora_A['default'].weight.grad.abs().sum() > 0
+    assert_equal_up_to_rounding(adapted.merge_and_unload()(x), expected)

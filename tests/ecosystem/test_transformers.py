@@ -17,7 +17,7 @@ from torch import nn
 import timm_apvit
 from timm_apvit import AdaptivePatching, interpolate_pos_embed
 
-transformers = pytest.importorskip('transformers', minversion='4.49')
+transformers = pytest.importorskip('transformers', minversion='4.57')
 
 NAMES = ['owl', 'tit', 'emu']
 MODEL_ARGS = {'num_patches': (3, 5), 'transform': 'affine', 'max_zoom': 3.0, 'max_shift': 0.5, 'max_focus': 2.0}
