@@ -11,10 +11,11 @@ over pixel edges, sizes are (h, w).
 
 from timm_apvit.apvit import vit_name
 from timm_apvit.card import CardDetails
+from timm_apvit.geometry import PatchGeometry
 from timm_apvit.hub import Pushed, push_to_hub, save_pretrained
 from timm_apvit.patching import AdaptivePatching
 from timm_apvit.pos_embed import interpolate_pos_embed, resample_pos_embed
-from timm_apvit.transforms import TRANSFORMS, PatchGeometry
+from timm_apvit.transforms import TRANSFORMS, Bound, PatchTransform, register_transform
 from timm_apvit.vision_transformer import APViT
 
 __version__ = '0.1.0'
@@ -23,12 +24,15 @@ __all__ = [
     'TRANSFORMS',
     'APViT',
     'AdaptivePatching',
+    'Bound',
     'CardDetails',
     'PatchGeometry',
+    'PatchTransform',
     'Pushed',
     '__version__',
     'interpolate_pos_embed',
     'push_to_hub',
+    'register_transform',
     'resample_pos_embed',
     'save_pretrained',
     'vit_name',

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from timm_apvit.coords import anchors
-from timm_apvit.transforms import PatchGeometry
+from timm_apvit.geometry import PatchGeometry
 
 
 def splat_weights(geometry: PatchGeometry, grid_size: tuple[int, int]) -> Tensor:

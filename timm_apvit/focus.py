@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from timm_apvit.coords import cell_centres, sample_grid
+from timm_apvit.geometry import inward_clamp
 from timm_apvit.layers import ScaleKeeping, ZeroConv, ZeroLinear, conv_norm_act
-from timm_apvit.transforms import inward_clamp
 
 # The map is raised to this power before its moments are taken: attention has a floor that would pull them to the middle
 # of the image.

@@ -7,7 +7,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from timm_apvit.layers import ScaleKeeping, ZeroLinear, conv_norm_act
-from timm_apvit.transforms import FIELDS
 
 
 class Localizer(ScaleKeeping):
@@ -22,7 +21,7 @@ class Localizer(ScaleKeeping):
     are zero: the identity transform.
 
     Args:
-        fields: names out of `FIELDS`; each has its own last layer, so that a checkpoint says what it predicts.
+        fields: name -> width; each has its own last layer, so that a checkpoint says what it predicts.
         in_chans: image channels C.
         side: pixels along the side of the resized image, a multiple of 16.
         width: channels of the features.
@@ -33,7 +32,7 @@ class Localizer(ScaleKeeping):
 
     def __init__(
         self,
-        fields: list[str],
+        fields: dict[str, int],
         in_chans: int = 3,
         side: int = 64,
         width: int = 64,
@@ -61,7 +60,7 @@ class Localizer(ScaleKeeping):
         self.from_context = nn.Linear(context, width, bias=False, **factory)
         self.from_anchor = nn.Linear(4, width, bias=False, **factory)
         self.mlp = nn.Sequential(nn.GELU(), nn.Linear(width, width, **factory), nn.GELU())
-        self.fields = nn.ModuleDict({name: ZeroLinear(width, FIELDS[name], **factory) for name in fields})
+        self.fields = nn.ModuleDict({name: ZeroLinear(width, n, **factory) for name, n in fields.items()})
         self.init_weights()
 
     def look(self, image: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,9 +10,9 @@ from timm.layers import PatchEmbed
 from torch import Tensor, nn
 
 from timm_apvit.coords import NumPatches, anchors, check_num_patches, check_patch_size, layout_grid, resolve_layout
+from timm_apvit.geometry import PatchGeometry
 from timm_apvit.layers import ZeroLinear
 from timm_apvit.patching import AdaptivePatching
-from timm_apvit.transforms import PatchGeometry
 
 GEOMETRY_FEATURES = 7
 # Submodules of `AdaptivePatchEmbed` that timm's ``PatchEmbed`` does not have.

@@ -5,11 +5,13 @@ from typing import Any, Optional
 import torch
 from torch import Tensor, nn
 
+import timm_apvit.families  # noqa: F401  registers them
 from timm_apvit.coords import NumPatches, anchors, check_number, check_patch_size, resolve_layout, sample_grid
 from timm_apvit.focus import LARGEST_FOCUS, FocusNetwork
+from timm_apvit.geometry import PatchGeometry, footprint, patch_jacobians, patch_points
 from timm_apvit.localizer import Localizer
 from timm_apvit.sampling import sample_patches
-from timm_apvit.transforms import PatchGeometry, PatchTransform, footprint, patch_points
+from timm_apvit.transforms import transform_family
 
 
 class AdaptivePatching(nn.Module):
@@ -31,13 +33,18 @@ class AdaptivePatching(nn.Module):
         max_zoom: largest factor by which a patch may grow or shrink along each axis.
         max_rotation: in degrees.
         max_shear: x displacement per unit of y.
+        max_perspective: share by which a projective patch may grow or shrink towards a side or corner, at most 0.9.
+        max_warp: how far each of a spline's 4 x 4 control points may move along each axis, in half-extents of the
+            patch.
         max_focus: largest factor by which the anchors as a whole close in on what matters in the image
             (`timm_apvit.focus`), at most 5; 1: they tile the image. It has lessons of its own, and learns nothing
             without them (`timm_apvit.finetuning.guidance`).
         device: of the parameters.
         dtype: of the parameters.
+        own_bounds: further bounds of a family of your own.
 
     Raises:
+        TypeError: a bound that the family does not have.
         ValueError: an argument out of range, or an image that is not a floating-point ``(B, C, H, W)``.
 
     Example:
@@ -58,9 +65,12 @@ class AdaptivePatching(nn.Module):
         max_zoom: float = 2.0,
         max_rotation: float = 45.0,
         max_shear: float = 0.5,
+        max_perspective: float = 0.3,
+        max_warp: float = 0.25,
         max_focus: float = 1.0,
         device: Any = None,
         dtype: Any = None,
+        **own_bounds: float,
     ) -> None:
         super().__init__()
         self.patch_size = check_patch_size(patch_size)
@@ -71,14 +81,23 @@ class AdaptivePatching(nn.Module):
         # matters in all of an image. The training sets it.
         self.whole_share = 0.0
         self.set_num_patches(num_patches)
-        self.transform = PatchTransform(transform, max_shift, max_zoom, max_rotation, max_shear)
+        self.family = transform
+        self.transform = transform_family(transform)(
+            max_shift=max_shift,
+            max_zoom=max_zoom,
+            max_rotation=max_rotation,
+            max_shear=max_shear,
+            max_perspective=max_perspective,
+            max_warp=max_warp,
+            **own_bounds,
+        )
         self.localizer = Localizer(self.transform.fields, in_chans, device=device, dtype=dtype)
         self.focus = FocusNetwork(self.localizer.width, device=device, dtype=dtype) if self.max_focus > 1 else None
 
     @torch.jit.ignore
     def bounds(self) -> dict[str, Any]:
         """The arguments that say what patches may do."""
-        own = {'transform': self.transform.name, 'jitter': self.jitter, 'max_focus': self.max_focus}
+        own = {'transform': self.family, 'jitter': self.jitter, 'max_focus': self.max_focus}
         return {**own, **self.transform.bounds}
 
     @torch.jit.ignore
@@ -125,15 +144,24 @@ class AdaptivePatching(nn.Module):
             noise = self.jitter * torch.randn_like(parameters['shift'])
         placed = self.transform(parameters, centres, extents, image_size, noise)
         geometry = PatchGeometry(
-            placed.centres, placed.extents, placed.rotation, placed.shear, placed.image_from_patch, saliency, window
+            placed.centres,
+            placed.extents,
+            placed.rotation,
+            placed.shear,
+            placed.image_from_patch,
+            saliency,
+            window,
+            placed.perspective,
+            placed.spline,
         )
         return self.sample(image, geometry, used), geometry
 
     def sample(self, image: Tensor, geometry: PatchGeometry, layout: tuple[int, int]) -> Tensor:
         """Sample the patches of a geometry, at most as large as those of a layout ``(N, rows)`` may become."""
         image_size = (image.shape[2], image.shape[3])
-        points = patch_points(geometry, sample_grid(self.patch_size, image.device))
-        pixels_per_sample = footprint(geometry.image_from_patch, image_size, self.patch_size)
+        local = sample_grid(self.patch_size, image.device)
+        points = patch_points(geometry, local)
+        pixels_per_sample = footprint(patch_jacobians(geometry, local), image_size, self.patch_size)
         largest = self.transform.max_footprint(layout, image_size, self.patch_size)
         return sample_patches(image, points, pixels_per_sample, largest)
 

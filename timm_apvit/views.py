@@ -10,7 +10,6 @@ from torch import Tensor
 from timm_apvit.attention import attends, inputs_of, outputs_of, patch_attention
 from timm_apvit.coords import NumPatches, anchors
 from timm_apvit.images import image_config
-from timm_apvit.transforms import FIELDS
 from timm_apvit.vision_transformer import APViT
 
 # Enough for a curved side to look smooth.
@@ -104,7 +103,7 @@ def fixed_patches(model: APViT, canvas: Tensor, layout: tuple[int, int]) -> Tens
     patching = model.patch_embed.patching
     image_size = (canvas.shape[2], canvas.shape[3])
     centres, extents = anchors(layout, canvas.device)
-    unmoved = {name: canvas.new_zeros(1, layout[0], FIELDS[name]) for name in patching.transform.fields}
+    unmoved = {name: canvas.new_zeros(1, layout[0], width) for name, width in patching.transform.fields.items()}
     geometry = patching.transform(unmoved, centres, extents, image_size)
     patches: Tensor = patching.sample(canvas, geometry, layout)[0]
     return patches

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from timm_apvit.coords import NumPatches
 from timm_apvit.dense import dense_map, splat_weights
+from timm_apvit.geometry import PatchGeometry
 from timm_apvit.patch_embed import ADAPTIVE_MODULES, AdaptivePatchEmbed, PatchTokens
 from timm_apvit.pos_embed import interpolate_pos_embed, resample_pos_embed
-from timm_apvit.transforms import PatchGeometry
+from timm_apvit.transforms import transform_family
 from timm_apvit.weights import check_npz
 
 # FX takes these as leaves: their control flow depends on shapes.
@@ -43,16 +44,18 @@ class APViT(VisionTransformer):  # type: ignore[misc]
         num_patches: N or ``(gh, gw)``; default: the base grid of ``img_size``, also after ``set_input_size``, and the
             input's own grid with ``dynamic_img_size``.
         transform: what a patch may do: ``'translation'``, ``'scale'``, ``'anisotropic_scale'``, ``'similarity'``,
-            ``'affine'``.
+            ``'affine'``, ``'projective'``, ``'tps'``, or a family of your own (`timm_apvit.register_transform`).
         jitter: noise on the centres in train mode, in units of the patches' own half-extents.
         max_shift: how far a patch may move along each axis, in cells of its anchor.
         max_zoom: largest factor by which a patch may grow or shrink along each axis.
         max_rotation: in degrees.
         max_shear: x displacement per unit of y.
+        max_perspective: of ``'projective'``: share by which a patch may grow or shrink towards a side or corner.
+        max_warp: of ``'tps'``: how far each of 4 x 4 control points may move, in half-extents of the patch.
         max_focus: largest factor by which the anchors as a whole close in on what matters in the image; 1: they tile
             the image; at most 5. What matters is learnt from labels and attention by the fine-tuning command, and by no
             other training: to PyTorch's DistributedDataParallel these parameters are unused.
-        kwargs: those of timm's ``VisionTransformer``.
+        kwargs: those of timm's ``VisionTransformer``, and further bounds of a family of your own.
 
     Attributes:
         base_model: repository on the Hub that ``pretrained=True`` took the weights from, if it did.
@@ -76,9 +79,12 @@ class APViT(VisionTransformer):  # type: ignore[misc]
         max_zoom: float = 2.0,
         max_rotation: float = 45.0,
         max_shear: float = 0.5,
+        max_perspective: float = 0.3,
+        max_warp: float = 0.25,
         max_focus: float = 1.0,
         **kwargs: Any,
     ) -> None:
+        own = {name: kwargs.pop(name) for name in transform_family(transform).own_bounds if name in kwargs}
         patching: dict[str, Any] = {
             'transform': transform,
             'jitter': jitter,
@@ -86,7 +92,10 @@ class APViT(VisionTransformer):  # type: ignore[misc]
             'max_zoom': max_zoom,
             'max_rotation': max_rotation,
             'max_shear': max_shear,
+            'max_perspective': max_perspective,
+            'max_warp': max_warp,
             'max_focus': max_focus,
+            **own,
         }
         super().__init__(embed_layer=partial(AdaptivePatchEmbed, num_patches=num_patches, patching=patching), **kwargs)
         # What rebuilds this model; timm < 1.0.31 records nothing by itself.

@@ -15,7 +15,7 @@ from timm_apvit.attention import attends, inputs_of, outputs_of, patch_attention
 from timm_apvit.coords import anchors
 from timm_apvit.dense import splat_weights
 from timm_apvit.focus import Focus
-from timm_apvit.transforms import PatchGeometry
+from timm_apvit.geometry import PatchGeometry
 from timm_apvit.vision_transformer import APViT
 
 

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from timm_apvit.finetuning.distillation import Answer, attention_on_grid
 from timm_apvit.finetuning.distributed import sum_over_processes, world_size
 from timm_apvit.focus import MAX_SHIFT, MAX_ZOOM, WHOLE, Focus, window_inside
+from timm_apvit.geometry import PatchGeometry
 from timm_apvit.layers import ZeroLinear
-from timm_apvit.transforms import PatchGeometry
 
 # The focus stays on the whole image for the first part of the training, in which labels and attention find what
 # matters, then closes in.
