@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from timm_apvit import APViT
 from timm_apvit.coords import anchors
 from timm_apvit.finetuning.twin import create_twin
+from timm_apvit.geometry import PatchGeometry, place_inside
 from timm_apvit.localizer import Localizer
 from timm_apvit.patching import AdaptivePatching
-from timm_apvit.transforms import PatchGeometry, PatchTransform, place_inside
+from timm_apvit.transforms import PatchTransform
 
 CONTESTANTS = {
     'fixed': "timm's ViT on a fixed grid, on the image resized with anti-aliasing",
@@ -133,7 +134,8 @@ def vary(model: APViT, variant: str) -> None:
     patching = model.patch_embed.patching
     localizer = patching.localizer
     if variant == 'no-pyramid':
-        patching.transform.__class__ = PointSampledTransform
+        family = type(patching.transform)
+        patching.transform.__class__ = type(family.__name__, (PointSampledTransform, family), {})
     elif variant == 'no-context':
         localizer.from_context = Nothing(localizer.width)
     elif variant == 'no-geometry':

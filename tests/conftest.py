@@ -9,6 +9,8 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from timm_apvit.images import image_config
+
 # Tests are small: a second thread costs more than it gives, and much more on a busy machine.
 torch.set_num_threads(1)
 
@@ -79,3 +81,10 @@ def assert_equal_up_to_rounding(actual: Tensor, expected: Tensor) -> None:
 def create(name: str = 'test_apvit', **kwargs: object) -> nn.Module:
     """An APViT in eval mode whose patches have moved."""
     return move_patches(timm.create_model(name, **kwargs), std=0.3).eval()
+
+
+def normalised(model: nn.Module, image: Tensor) -> Tensor:
+    """An image ``(C, H, W)`` of [0, 1] as a batch that a model takes."""
+    config = image_config(model)
+    mean, std = (torch.tensor(config[key]).view(-1, 1, 1) for key in ('mean', 'std'))
+    return ((image - mean) / std)[None]

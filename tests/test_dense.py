@@ -7,7 +7,7 @@ from conftest import move_patches, vit_and_apvit
 
 from timm_apvit.coords import anchors
 from timm_apvit.dense import dense_map, splat_weights
-from timm_apvit.transforms import place_inside
+from timm_apvit.geometry import place_inside
 
 CPU = torch.device('cpu')
 

@@ -11,7 +11,7 @@ from torch import nn
 from timm_apvit import TRANSFORMS, AdaptivePatching, APViT, interpolate_pos_embed
 from timm_apvit.layers import ZeroLinear
 from timm_apvit.localizer import Localizer
-from timm_apvit.transforms import PatchTransform
+from timm_apvit.transforms import BOUNDS
 
 
 @pytest.mark.parametrize('transform', TRANSFORMS)
@@ -25,8 +25,9 @@ def test_identity_at_init(transform):
 
 @pytest.mark.parametrize('size', [(1, 1), (1, 50), (97, 211), (16, 16)])
 @pytest.mark.parametrize('num', [1, 7, (2, 3)])
-def test_shape_any_number_of_patches_and_any_image(size, num):
-    patching = move_patches(AdaptivePatching((4, 6), num, 'affine', in_chans=2))
+@pytest.mark.parametrize('transform', ['affine', 'projective', 'tps'])
+def test_shape_any_number_of_patches_and_any_image(size, num, transform):
+    patching = move_patches(AdaptivePatching((4, 6), num, transform, in_chans=2))
     count = num if isinstance(num, int) else 6
     patches, geometry = patching(torch.randn(3, 2, *size))
     assert patches.shape == (3, count, 2, 4, 6)
@@ -36,8 +37,9 @@ def test_shape_any_number_of_patches_and_any_image(size, num):
     assert patches.isfinite().all()
 
 
-def test_shape_empty_batch():
-    patches, geometry = AdaptivePatching(8, 5)(torch.zeros(0, 3, 32, 32))
+@pytest.mark.parametrize('transform', TRANSFORMS)
+def test_shape_empty_batch(transform):
+    patches, geometry = AdaptivePatching(8, 5, transform)(torch.zeros(0, 3, 32, 32))
     assert patches.shape == (0, 5, 3, 8, 8)
     assert geometry.centres.shape == (0, 5, 2)
 
@@ -152,23 +154,22 @@ def test_set_num_patches_and_layout():
 
 
 def test_defaults_of_the_bounds_agree():
-    shared = {'transform', 'jitter', 'max_shift', 'max_zoom', 'max_rotation', 'max_shear'}
+    shared = {'transform', 'jitter', 'max_focus', *BOUNDS}
     defaults = [
         {name: p.default for name, p in inspect.signature(each).parameters.items() if name in shared}
         for each in (AdaptivePatching, APViT)
     ]
     assert defaults[0] == defaults[1]
-    own = {name: p.default for name, p in inspect.signature(PatchTransform).parameters.items()}
-    assert own == {'name': defaults[0]['transform'], **{n: v for n, v in defaults[0].items() if n.startswith('max_')}}
+    assert {name: bound.default for name, bound in BOUNDS.items()}.items() < defaults[0].items()
 
 
 def test_localizer_parameters_know_neither_patches_nor_image():
-    localizer = Localizer(['shift'], in_chans=1)
+    localizer = Localizer({'shift': 2}, in_chans=1)
     shapes = {name: p.shape for name, p in localizer.named_parameters()}
     for num, size in ((3, (5, 9)), (50, (200, 100))):
         centres, extents = torch.rand(num, 2) * 2 - 1, torch.rand(num, 2)
         assert localizer(*localizer.look(torch.rand(2, 1, *size)), centres, extents)['shift'].shape == (2, num, 2)
-    assert shapes == {name: p.shape for name, p in Localizer(['shift'], in_chans=1).named_parameters()}
+    assert shapes == {name: p.shape for name, p in Localizer({'shift': 2}, in_chans=1).named_parameters()}
 
 
 def test_zero_linear_stays_zero_in_every_initialisation():

@@ -154,6 +154,8 @@ CHANGES = {
     [
         {'transform': 'translation', 'max_shift': 0.3, 'jitter': 0.2},
         {'transform': 'affine', 'max_zoom': 3.0, 'max_rotation': 20.0, 'max_shear': 0.2, 'num_patches': (4, 6)},
+        {'transform': 'projective', 'max_perspective': 0.5, 'num_patches': 17},
+        {'transform': 'tps', 'max_warp': 0.1},
         {'in_chans': 5, 'num_patches': 17},
         {'patch_size': 8, 'img_size': (64, 48), 'reg_tokens': 2, 'no_embed_class': True, 'init_values': 0.1},
         {'dynamic_img_size': False, 'img_size': 96, 'global_pool': 'avg'},
@@ -191,7 +193,7 @@ def test_state_dict_of_a_vit_loads_strictly_and_leaves_our_own_parameters(vit):
 @pytest.mark.parametrize('wide', timm_apvit.TRANSFORMS)
 @pytest.mark.parametrize('narrow', timm_apvit.TRANSFORMS)
 def test_checkpoint_of_a_narrower_family_is_widened_and_of_another_refused(narrow, wide, tmp_path):
-    has, wants = set(timm_apvit.TRANSFORMS[narrow]), set(timm_apvit.TRANSFORMS[wide])
+    has, wants = set(timm_apvit.TRANSFORMS[narrow].fields), set(timm_apvit.TRANSFORMS[wide].fields)
     model = adaptive(transform=narrow)
     file = saved(model.state_dict(), tmp_path)
     if has <= wants:

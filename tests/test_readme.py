@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 import timm_apvit
-from timm_apvit import patching, pos_embed
+from timm_apvit import patching, pos_embed, transforms
 from timm_apvit.__main__ import PROGRAM, make_parser
 
 README = Path(__file__).parents[1] / 'README.md'
@@ -23,12 +23,13 @@ COMMANDS = re.findall(r'^ {4}.*?\bpython -m timm_apvit ((?:.*\\\n)*.*)', README.
 
 # What goes to the Hub is run in test_hub.
 @pytest.mark.filterwarnings('ignore:::lightning')
-@pytest.mark.parametrize('block', [block for block in BLOCKS if 'push_to_hub' not in block], ids=range(7))
+@pytest.mark.parametrize('block', [block for block in BLOCKS if 'push_to_hub' not in block], ids=range(8))
 def test_snippets_run(block, tmp_path, monkeypatch):
     """As they stand, but for the weights, which would come from the Hub."""
     for library in re.findall(r'^(?:import|from) (\w+)', block, re.M):
         pytest.importorskip(library)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(transforms, 'TRANSFORMS', transforms.TRANSFORMS.copy())
     Image.new('RGB', (40, 30)).save('photo.jpg')
     names: dict[str, object] = {}
     exec(block.replace("'apvit_small', pretrained=True", "'apvit_small'"), names)
@@ -46,8 +47,9 @@ def test_commands_parse(command):
     make_parser(PROGRAM).parse_args(words[: words.index('&&')] if '&&' in words else words)
 
 
-@pytest.mark.parametrize('module', [patching, pos_embed])
-def test_docstring_examples_run(module):
+@pytest.mark.parametrize('module', [patching, pos_embed, transforms])
+def test_docstring_examples_run(module, monkeypatch):
+    monkeypatch.setattr(transforms, 'TRANSFORMS', transforms.TRANSFORMS.copy())
     result = doctest.testmod(module)
     assert result.attempted > 0
     assert result.failed == 0

@@ -8,9 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from timm_apvit import TRANSFORMS
 from timm_apvit.coords import anchors, sample_grid
+from timm_apvit.geometry import footprint, patch_points, place_inside
 from timm_apvit.sampling import mip_atlas, mip_level, num_mip_levels, sample_patches
-from timm_apvit.transforms import PatchTransform, footprint, patch_points, place_inside
 
 CPU = torch.device('cpu')
 
@@ -18,7 +19,7 @@ CPU = torch.device('cpu')
 def grid_patches(image: Tensor, grid: tuple[int, int], patch: int) -> Tensor:
     """Identity patches of a grid of anchors: ``(B, N, C, P, P)``."""
     size = (image.shape[-2], image.shape[-1])
-    transform = PatchTransform('translation')
+    transform = TRANSFORMS['translation']()
     centres, extents = anchors((grid[0] * grid[1], grid[0]), CPU)
     raw = {'shift': torch.zeros(image.shape[0], grid[0] * grid[1], 2)}
     geometry = transform(raw, centres, extents, size)

@@ -7,19 +7,13 @@ import numpy as np
 import pytest
 import timm
 import torch
-from conftest import create, move_patches, randomise
+from conftest import create, move_patches, normalised, randomise
 from matplotlib.path import Path as Polygon
 
 from timm_apvit import TRANSFORMS
 from timm_apvit.attention import patch_attention
 from timm_apvit.images import image_config
 from timm_apvit.views import mosaic, row_lengths, view_patches
-
-
-def normalised(model: Any, image: torch.Tensor) -> torch.Tensor:
-    config = image_config(model)
-    mean, std = (torch.tensor(config[key]).view(-1, 1, 1) for key in ('mean', 'std'))
-    return ((image - mean) / std)[None]
 
 
 def inside(outline: torch.Tensor, size: tuple[int, int], margin: float) -> np.ndarray[Any, Any]:

@@ -98,6 +98,8 @@ def test_rejects_bad_num_patches(bad):
         ({'max_zoom': 0.5}, 'expected max_zoom'),
         ({'max_shift': -1}, 'expected max_shift'),
         ({'max_rotation': 200}, 'expected max_rotation'),
+        ({'max_perspective': 1.0}, 'expected max_perspective'),
+        ({'max_warp': -0.1}, 'expected max_warp'),
         ({'jitter': -1}, 'expected jitter'),
         ({'transform': ['scale']}, 'expected transform to be one of'),
         ({'patch_size': 0}, 'expected patch_size to be'),

@@ -11,15 +11,17 @@ import numpy as np
 import pytest
 import timm
 import torch
-from conftest import create
+from conftest import create, normalised
 from matplotlib.collections import LineCollection
 from matplotlib.colors import to_rgb
 from matplotlib.path import Path as Polygon
 from PIL import Image
 
 from timm_apvit import TRANSFORMS
+from timm_apvit.coords import sample_grid
 from timm_apvit.drawing import PALETTE, colours_in_order, coverage, rendered
 from timm_apvit.figures import PANELS
+from timm_apvit.geometry import patch_jacobians
 from timm_apvit.views import view_patches
 from timm_apvit.visualize import CLASSIC, animate, animate_training, compare, default_budgets, plot_patches
 
@@ -62,9 +64,14 @@ def test_convention_what_is_seen_in_the_picture_is_what_the_patch_holds(transfor
     figure = plot_patches(model, image, panels=('image', 'outlines'))
     pixels = rendered(figure, 150)
     view = view_patches(model, image)
+    # The area of the picture that each sample stands for: a warped patch is denser at one place than at another.
+    local = sample_grid(tuple(view.patches.shape[1:3]), torch.device('cpu'))
+    areas = torch.linalg.det(patch_jacobians(model.patch_geometry(normalised(model, image)), local))[0]
+    areas = areas.expand(view.patches.shape[:3]).unsqueeze(-1).detach()
+    expected = (view.patches * areas).sum(dim=(1, 2)) / areas.sum(dim=(1, 2))
     plain, outlined = figure.axes
     height = figure.bbox.height
-    for outline, patch in zip(drawn_outlines(outlined), view.patches, strict=True):
+    for outline, colour in zip(drawn_outlines(outlined), expected, strict=True):
         at = plain.transData.transform(outline)  # of the same image, without lines over it
         points = np.stack(
             np.meshgrid(*(np.arange(np.floor(a), np.ceil(b)) for a, b in zip(at.min(0), at.max(0), strict=True))), -1
@@ -73,7 +80,7 @@ def test_convention_what_is_seen_in_the_picture_is_what_the_patch_holds(transfor
         within = points[Polygon(at).contains_points(points + 0.5)].astype(int)
         seen = pixels[(height - 1 - within[:, 1]).astype(int), within[:, 0]] / 255
         assert len(seen) > 100
-        np.testing.assert_allclose(seen.mean(axis=0)[:2], patch.mean(dim=(0, 1))[:2].numpy(), atol=0.02)
+        np.testing.assert_allclose(seen.mean(axis=0)[:2], colour[:2].numpy(), atol=0.02)
 
 
 @pytest.mark.parametrize('transform', TRANSFORMS)
@@ -232,7 +239,7 @@ def test_animation_of_a_training_has_a_frame_for_each_model_that_shows_its_own_p
     still: Any = create(img_size=64, num_patches=4)
     moved = copy.deepcopy(still)
     with torch.no_grad():
-        moved.patch_embed.patching.localizer.head['shift'].bias.fill_(1.0)
+        moved.patch_embed.patching.localizer.fields['shift'].bias.fill_(1.0)
     image = torch.rand(3, 40, 60)
     models = ((name, model) for name, model in (('epoch-1', still), ('epoch-2', still), ('epoch-3', moved)))
     with Image.open(io.BytesIO(animate_training(models, image, 9, panels=('outlines',)))) as gif:

@@ -64,6 +64,7 @@ class PatchTransform(nn.Module):
         TypeError: an unknown bound.
 
     Example:
+        >>> from timm_apvit.warps import perspective_stretch
         >>> class Keystone(PatchTransform):
         ...     '''Move, grow or shrink, and taper towards the top or the bottom.'''
         ...     fields = {'shift': 2, 'scale': 1, 'keystone': 1}

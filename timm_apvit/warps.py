@@ -81,7 +81,7 @@ def spline_gradients(spline: Tensor, points: Tensor) -> Tensor:
     _, gradients = spline_basis(points)
     flat = gradients.transpose(0, 1).flatten(1)  # (19, P * 2)
     product = exact_product(spline.transpose(2, 3), flat)
-    return product.reshape(list(spline.shape[:2]) + [2, -1, 2]).transpose(2, 3)  # noqa: RUF005
+    return product.reshape(list(spline.shape[:2]) + [2, points.shape[0], 2]).transpose(2, 3)  # noqa: RUF005
 
 
 class Spline(nn.Module):

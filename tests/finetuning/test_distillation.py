@@ -22,7 +22,7 @@ from timm_apvit.finetuning.distillation import (
     patch_density,
 )
 from timm_apvit.finetuning.learner import Distillation
-from timm_apvit.transforms import PatchGeometry
+from timm_apvit.geometry import PatchGeometry
 
 NOTHING = Weights(logits=0.0, temperature=1.0, token=0.0, attention=0.0)
 
