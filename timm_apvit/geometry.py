@@ -72,14 +72,11 @@ def patch_jacobians(geometry: PatchGeometry, local: Tensor) -> Tensor:
     Without a warp it is the same at all points, and they are 1 along each of their axes.
     """
     shape = geometry.centres.shape
-    inner = warp_jacobians(geometry.perspective, geometry.spline, local.reshape(-1, 2))  # (B, N, P, 2, 2)
-    columns = [
-        transformed(geometry.image_from_patch, inner[..., 0]),
-        transformed(geometry.image_from_patch, inner[..., 1]),
-    ]
-    jacobians = torch.stack(columns, dim=-1)
-    ones = [1] * (local.dim() - 1)
-    axes = ones if jacobians.shape[2] == 1 else list(local.shape[:-1])
+    inner = warp_jacobians(geometry.perspective, geometry.spline, local.reshape(-1, 2))  # (B, N, 2, 2, P)
+    matrices = geometry.image_from_patch.unsqueeze(-1).unsqueeze(-1)  # (B, N, 2, 2, 1, 1)
+    product = matrices[:, :, :, 0] * inner[:, :, :1] + matrices[:, :, :, 1] * inner[:, :, 1:]
+    jacobians = product.permute(0, 1, 4, 2, 3)
+    axes = [1] * (local.dim() - 1) if jacobians.shape[2] == 1 else list(local.shape[:-1])
     return jacobians.reshape(list(shape[:2]) + axes + [2, 2])
 
 

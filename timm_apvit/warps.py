@@ -77,11 +77,11 @@ def spline_values(spline: Tensor, points: Tensor) -> Tensor:
 
 
 def spline_gradients(spline: Tensor, points: Tensor) -> Tensor:
-    """Gradients of these displacements: ``(B, N, P, 2, 2)``, the last axis that of the derivative."""
+    """Gradients of these displacements: ``(B, N, 2, 2, P)``, the second 2 that of the derivative."""
     _, gradients = spline_basis(points)
-    flat = gradients.transpose(0, 1).flatten(1)  # (19, P * 2)
+    flat = gradients.permute(1, 2, 0).flatten(1)  # (19, 2 * P)
     product = exact_product(spline.transpose(2, 3), flat)
-    return product.reshape(list(spline.shape[:2]) + [2, points.shape[0], 2]).transpose(2, 3)  # noqa: RUF005
+    return product.reshape(list(spline.shape[:2]) + [2, 2, points.shape[0]])  # noqa: RUF005
 
 
 class Spline(nn.Module):
@@ -104,7 +104,7 @@ class Spline(nn.Module):
         spline = exact_product(displacements.transpose(2, 3), solution.T).transpose(2, 3)
         points = lattice(spline.device, spline.dtype, self.grid)
         # Squares, as the norm itself has no gradient at zero, where every patch begins.
-        squared = spline_gradients(spline, points).square().sum(dim=(-2, -1)).amax(dim=2)
+        squared = spline_gradients(spline, points).square().sum(dim=(2, 3)).amax(dim=2)
         return spline * torch.rsqrt(1 + squared / self.max_strain**2).unsqueeze(-1).unsqueeze(-1)
 
 
@@ -120,13 +120,16 @@ def warped(perspective: Optional[Tensor], spline: Optional[Tensor], points: Tens
 
 
 def warp_jacobians(perspective: Optional[Tensor], spline: Optional[Tensor], points: Tensor) -> Tensor:
-    """Jacobians of `warped` at points ``(P, 2)``: ``(B, N, P, 2, 2)``; without both ``(1, 1, 1, 2, 2)``."""
-    identity = torch.eye(2, device=points.device, dtype=points.dtype).reshape(1, 1, 1, 2, 2)
+    """Jacobians of `warped` at points ``(P, 2)``: ``(B, N, 2, 2, P)``; without both ``(1, 1, 2, 2, 1)``.
+
+    The points come last, also in memory, as arithmetic along an axis of 2 is up to 50 times slower.
+    """
+    identity = torch.eye(2, device=points.device, dtype=points.dtype).reshape(1, 1, 2, 2, 1)
     if perspective is not None:
-        v = perspective.unsqueeze(2).unsqueeze(3)  # (B, N, 1, 1, 2)
-        u = points.unsqueeze(0).unsqueeze(0).unsqueeze(-1)  # (1, 1, P, 2, 1)
-        denominator = 1 + v[..., :1] * u[..., :1, :] + v[..., 1:] * u[..., 1:, :]
-        return (identity - u * (v / denominator)) / denominator
+        v = perspective.unsqueeze(2).unsqueeze(-1)  # (B, N, 1, 2, 1)
+        u = points.t().contiguous().reshape(1, 1, 2, 1, -1)
+        denominator = 1 + v[..., :1, :] * u[..., :1, :, :] + v[..., 1:, :] * u[..., 1:, :, :]  # (B, N, 1, 1, P)
+        return (identity - u / denominator * v) / denominator
     if spline is not None:
         return identity + spline_gradients(spline, points)
     return identity
