@@ -1,12 +1,13 @@
-"""The benchmark's images: Fashion-MNIST, alone on a canvas or among pieces of other objects.
+"""The benchmark's images: Fashion-MNIST, alone on a canvas, as it is or distorted, or among pieces of other objects.
 
 Fashion-MNIST (Xiao et al. 2017) is read from IDX files: those of Debian's package `dataset-fashion-mnist`, those in a
 folder, or those that torchvision downloads. Its own split into 60,000 training and 10,000 test images holds.
 """
 
 import gzip
+import math
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -25,20 +26,38 @@ TEST_SEED = 0
 MEAN, STD = 0.1, 0.3
 
 
+class Distortion(NamedTuple):
+    """How an object alone is distorted; each by chance, up to what is given here.
+
+    Attributes:
+        side: of the object before it is distorted, as a fraction of the canvas's.
+        rotation: either way, in degrees.
+        shear: x displacement per unit of y, either way.
+        perspective: share by which its denominator differs from 1 at a corner, as in the projective patches.
+    """
+
+    side: float = 0.7
+    rotation: float = 0.0
+    shear: float = 0.0
+    perspective: float = 0.0
+
+
 class Task(NamedTuple):
     """What is to be learnt.
 
     Attributes:
         side: of the image, in pixels.
         channels: of the image.
-        clutter: how the objects lie; None: an object alone fills the canvas.
+        clutter: how the objects lie; None: an object lies alone.
         test_images: of the fixed test set.
+        distortion: of an object alone; None: it fills the canvas.
     """
 
     side: int
     channels: int
     clutter: Clutter | None
     test_images: int
+    distortion: Distortion | None = None
 
 
 # An object covers 1.6 to 14 % of the canvas, 6.8 % on average; pieces are those of cluttered MNIST, 8 of 28 pixels.
@@ -47,6 +66,9 @@ TASKS = {
     'cluttered': Task(112, 1, _CLUTTER, 5_000),
     'clean': Task(112, 1, None, 5_000),
     'pretrained': Task(224, 3, _CLUTTER, 1_000),
+    # An object of half the canvas's area: what patches may turn, shear or see in perspective.
+    'rotated': Task(112, 1, None, 5_000, Distortion(rotation=45.0, shear=0.5)),
+    'warped': Task(112, 1, None, 5_000, Distortion(perspective=0.6)),
 }
 
 
@@ -93,6 +115,51 @@ class CleanObjects(ClutteredObjects):
         return weights @ self.objects[number] @ weights.T, int(self.labels[number]), (0, 0, side)
 
 
+class DistortedObjects(ClutteredObjects):
+    """Objects alone, distorted, each at a random place wholly inside the canvas.
+
+    Args:
+        distortion: how far.
+        args: of `ClutteredObjects`.
+    """
+
+    def __init__(self, distortion: Distortion, *args: Any) -> None:
+        super().__init__(*args)
+        self.distortion = distortion
+
+    def compose(self, index: int) -> tuple[NDArray[np.float32], int, tuple[int, int, int]]:
+        """Canvas, label and box, as in `ClutteredObjects`."""
+        rng = np.random.default_rng((self.seed, self.epoch, index))
+        number = int(rng.integers(len(self.objects)))
+        (turn, slant, rise, fall), place = rng.uniform(-1, 1, 4), rng.random(2)
+        angle, shear = math.radians(self.distortion.rotation) * turn, self.distortion.shear * slant
+        v = self.distortion.perspective / 2 * np.array([rise + fall, rise - fall])
+        rotation = np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
+        linear = self.distortion.side * rotation @ np.array([[1, shear], [0, 1]])
+
+        # From the object's [-1, 1]^2 to the canvas's: scaled down where it would not fit, and put in its place.
+        corners = np.array([[-1, -1], [1, -1], [1, 1], [-1, 1]])
+        outline = corners / (1 + corners @ v)[:, None] @ linear.T
+        low, size = outline.min(axis=0), np.ptp(outline, axis=0)
+        fit = min(1.0, 2 / size.max())
+        corner = place * (2 - fit * size) - 1
+        centre = corner - fit * low
+        homography = np.eye(3)
+        homography[:2, :2] = fit * linear + np.outer(centre, v)
+        homography[:2, 2], homography[2, :2] = centre, v
+
+        side = self.input_size[-1]
+        pixels = (np.arange(side) * 2 + 1) / side - 1
+        x, y = np.meshgrid(pixels, pixels)
+        point = np.stack([x, y, np.ones_like(x)], axis=-1) @ np.linalg.inv(homography).T
+        grid = torch.from_numpy((point[..., :2] / point[..., 2:]).astype(np.float32))
+        image = torch.from_numpy(self.objects[number])
+        canvas = F.grid_sample(image[None, None], grid[None], align_corners=False)[0, 0].numpy()
+        box_side = min(side, math.ceil(fit * size.max() * side / 2))
+        left, top = (min(int((a + 1) * side / 2), side - box_side) for a in corner)
+        return canvas, int(self.labels[number]), (top, left, box_side)
+
+
 class Crops(Samples):
     """Of each image the object's own box, resized: what patches put on the object by ground truth see.
 
@@ -131,9 +198,14 @@ def load_task(task: Task, seed: int, images: int, folder: Path | None, crop: int
     """Training data of ``images`` samples an epoch, and the fixed test set; with ``crop`` the objects' own boxes."""
 
     def split(train: bool, length: int, seed: int) -> Samples:
-        kind = CleanObjects if task.clutter is None else ClutteredObjects
         size = (task.channels, task.side, task.side)
-        objects = kind(*load_fashion(folder, train), length, seed, size, (MEAN,), (STD,), task.clutter or Clutter())
+        args = (*load_fashion(folder, train), length, seed, size, (MEAN,), (STD,))
+        if task.distortion is not None:
+            objects: ClutteredObjects = DistortedObjects(task.distortion, *args)
+        elif task.clutter is not None:
+            objects = ClutteredObjects(*args, task.clutter)
+        else:
+            objects = CleanObjects(*args)
         return objects if crop is None else Crops(objects, crop)
 
     return Splits(split(True, images, seed), Kept(split(False, task.test_images, TEST_SEED)), NAMES)

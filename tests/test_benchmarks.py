@@ -11,7 +11,7 @@ BENCHMARKS = Path(__file__).parents[1] / 'benchmarks'
 sys.path.insert(0, str(BENCHMARKS))
 
 from contestants import CONTESTANTS, VARIANTS, create_contestant  # noqa: E402
-from fashion import CleanObjects, Crops, load_fashion  # noqa: E402
+from fashion import TASKS, CleanObjects, Crops, DistortedObjects, Distortion, load_fashion, load_task  # noqa: E402
 
 from timm_apvit.finetuning.clutter import Clutter, ClutteredObjects  # noqa: E402
 
@@ -95,6 +95,73 @@ def test_clean_objects_fill_the_canvas():
     clean = CleanObjects(source.objects, source.labels, 6, 0, (1, 28, 28), (0.0,), (1.0,))
     image, label = clean[3]
     assert torch.allclose(image[0], torch.from_numpy(source.objects[label]), atol=1e-6)
+
+
+def distorted(distortion, image=None, length=40):
+    images = np.ones((1, 28, 28), np.float32) if image is None else image[None]
+    return DistortedObjects(distortion, images, np.array([3]), length, 0, (1, 112, 112), (0.0,), (1.0,))
+
+
+def test_distorted_objects_are_clean_ones_without_distortion():
+    image = np.random.default_rng(0).random((28, 28)).astype(np.float32)
+    clean, _, _ = CleanObjects(image[None], np.array([3]), 1, 0, (1, 112, 112), (0.0,), (1.0,)).compose(0)
+    canvas, label, box = distorted(Distortion(side=1.0), image).compose(0)
+    assert (label, box) == (3, (0, 0, 112))
+    inner = slice(3, -3)  # beyond its outermost pixels it fades to the canvas
+    np.testing.assert_allclose(canvas[inner, inner], clean[inner, inner], atol=1e-4)
+
+
+@pytest.mark.parametrize('name', ['rotated', 'warped'])
+def test_distorted_objects_lie_wholly_inside_the_canvas_each_in_its_own_way(name):
+    task = TASKS[name]
+    assert (task.side, task.channels) == (112, 1)
+    source = distorted(task.distortion)
+    shares, seen = [], set()
+    for index in range(40):
+        canvas, _, (y, x, side) = source.compose(index)
+        np.testing.assert_array_equal(canvas, source.compose(index)[0])
+        assert 0 <= canvas.min() <= canvas.max() <= 1.0001
+        assert min(y, x) >= 0
+        assert max(y, x) + side <= 112
+        outside = canvas.copy()
+        outside[y : y + side, x : x + side] = 0
+        assert outside.max() < 0.6  # the last pixel, half covered
+        shares.append(canvas.mean())
+        seen.add(canvas.tobytes())
+    assert 0.4 < np.mean(shares) < 0.6
+    assert len(seen) == 40
+
+
+def test_distortion_turns_shears_and_warps():
+    """Where the object's edges lie: straight lines, parallel but in perspective, which is what its widths say."""
+    widths = {}
+    for name, distortion in {
+        'none': Distortion(), 'shear': Distortion(shear=0.5), 'perspective': Distortion(perspective=0.6),
+    }.items():  # fmt: skip
+        canvas, _, _ = distorted(distortion).compose(0)
+        rows = canvas.sum(axis=1)
+        widths[name] = rows[rows > 20]
+    assert np.ptp(widths['none'][2:-2]) < 1
+    assert np.ptp(widths['shear'][2:-2]) < 2
+    assert np.ptp(widths['perspective'][2:-2]) > 5
+
+
+@pytest.mark.parametrize('name', ['rotated', 'warped', 'clean', 'cluttered'])
+def test_tasks_load_training_and_test_images(name, tmp_path):
+    for prefix in ('train', 't10k'):
+        header = np.array([6, 28, 28], '>u4').tobytes()
+        images = np.random.default_rng(0).integers(256, size=(6, 28, 28), dtype=np.uint8)
+        (tmp_path / f'{prefix}-images-idx3-ubyte').write_bytes(b'\0\0\x08\x03' + header + images.tobytes())
+        labels = np.arange(6, dtype=np.uint8)
+        (tmp_path / f'{prefix}-labels-idx1-ubyte').write_bytes(b'\0\0\x08\x01' + header[:4] + labels.tobytes())
+    task = TASKS[name]._replace(test_images=3)
+    splits = load_task(task, 0, 5, tmp_path)
+    assert (len(splits.train), len(splits.test)) == (5, 3)
+    for image, label in (splits.train[4], splits.test[2]):
+        assert image.shape == (1, 112, 112)
+        assert label in range(6)
+    crops = load_task(task, 0, 5, tmp_path, crop=64)
+    assert crops.train[4][0].shape == (1, 64, 64)
 
 
 def test_missing_files_are_named(tmp_path):
