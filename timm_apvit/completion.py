@@ -30,6 +30,7 @@ def add_completion_argument(parser: argparse.ArgumentParser, complete: Callable[
         '--print-completion',
         action=PrintCompletion,
         choices=SHELLS,
+        default=argparse.SUPPRESS,  # commands take all that is given for their own options
         help='print what lets a shell complete commands, options and files, and exit',
     )
 
