@@ -11,7 +11,7 @@ from timm_apvit.__main__ import main
 from timm_apvit.finetuning.config import with_config
 from timm_apvit.finetuning.evaluate import multiply_adds
 from timm_apvit.finetuning.models import create_model
-from timm_apvit.finetuning.options import Options
+from timm_apvit.finetuning.options import Options, add_arguments
 from timm_apvit.finetuning.preparation import with_defaults
 from timm_apvit.finetuning.soundness import check_options
 from timm_apvit.finetuning.sources import check
@@ -25,7 +25,8 @@ def test_imagenet_recipe_is_sound_and_costs_what_it_says(size: str, monkeypatch:
     # The words that the recipe's own comments add for this model.
     more = '' if size == 'small' else re.search(rf'#     (--model apvit_{size}.*)\n', text)[1]  # type: ignore[index]
     given: list[dict[str, object]] = []
-    monkeypatch.setattr('timm_apvit.__main__.finetune', lambda options: given.append(options) or 0)
+    take = ('finetune', 'note the options', add_arguments, lambda options: given.append(options) or 0)
+    monkeypatch.setattr('timm_apvit.__main__.COMMANDS', (take,))
     assert main(['finetune', '/data/imagenet', '--config', str(RECIPE), *shlex.split(more)]) == 0
     options = Options(**with_config(given[0]))
     check_options(options)
