@@ -12,7 +12,7 @@ def splat_weights(geometry: PatchGeometry, grid_size: tuple[int, int]) -> Tensor
 
     A cell is the average of the patches that cover it, weighted by the area of their overlap (measured in the patch's
     own frame, where a rotated cell is taken as its bounding box). A cell that no patch covers takes the nearest
-    patches.
+    patches. A warp is left out: each patch counts as the parallelogram that it would be without.
     """
     cell_centres, cell_extents = anchors((grid_size[0] * grid_size[1], grid_size[0]), geometry.centres.device)
     offset = cell_centres[:, None] - geometry.centres[:, None]  # (B, h * w, N, 2)

@@ -41,7 +41,7 @@ def geometry_features(geometry: PatchGeometry, anchor_centres: Tensor, grid_size
     """What a patch covers, beyond where its centre is: ``(B, N, 7)``; zero for a cell of ``grid_size`` in its place.
 
     Log half-extents against such a cell, way from the anchor in such cells, sine and cosine (less 1) of the rotation,
-    shear.
+    shear. The same for all families, so that checkpoints fit: of a warp nothing is told.
     """
     moved = geometry.centres - anchor_centres
     rotation = geometry.rotation
