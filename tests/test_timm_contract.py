@@ -12,6 +12,7 @@ from timm.optim import create_optimizer_v2, param_groups_layer_decay
 from torch import nn
 
 import timm_apvit
+from timm_apvit.geometry import PatchGeometry
 
 
 @pytest.mark.parametrize(
@@ -78,8 +79,10 @@ def test_geometry_of_a_padded_image_is_that_of_the_image():
 
 
 @pytest.mark.parametrize('num', [None, 7])
-def test_compiles_without_a_graph_break_and_exports(num):
-    model, image = create(num_patches=num, num_classes=5, depth=2), torch.randn(2, 3, 96, 96)
+@pytest.mark.parametrize('transform', ['scale', 'projective', 'tps'])
+def test_compiles_without_a_graph_break_and_exports(num, transform):
+    model = create(num_patches=num, num_classes=5, depth=2, transform=transform)
+    image = torch.randn(2, 3, 96, 96)
     compiled = torch.compile(model, fullgraph=True, backend='aot_eager')
     expected, actual = model(image), compiled(image)
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5)
@@ -94,11 +97,12 @@ def test_compiles_without_a_graph_break_and_exports(num):
     torch.testing.assert_close(program.module()(other), model(other), rtol=0, atol=1e-5)
 
 
-def test_device_meta_then_to_empty():
-    model = timm.create_model('test_apvit', device='meta', num_patches=7)
+@pytest.mark.parametrize('transform', ['scale', 'projective', 'tps'])
+def test_device_meta_then_to_empty(transform):
+    model = timm.create_model('test_apvit', device='meta', num_patches=7, transform=transform)
     assert model(torch.empty(2, 3, 50, 70, device='meta')).shape == (2, 1000)
     model = model.to_empty(device='cpu')
-    source = create(num_patches=7)
+    source = create(num_patches=7, transform=transform)
     model.load_state_dict(source.state_dict())
     image = torch.randn(1, 3, 50, 70)
     torch.testing.assert_close(model.eval()(image), source(image), rtol=0, atol=0)
@@ -139,8 +143,9 @@ def test_layer_decay_gives_what_a_vit_does_not_have_the_full_rate():
     assert {'pos_embed', 'cls_token'} <= model.no_weight_decay()
 
 
-def test_copies_and_pickles():
-    model, image = create(num_patches=11), torch.randn(1, 3, 64, 64)
+@pytest.mark.parametrize('transform', ['scale', 'projective', 'tps'])
+def test_copies_and_pickles(transform):
+    model, image = create(num_patches=11, transform=transform), torch.randn(1, 3, 64, 64)
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         torch.testing.assert_close(twin(image), model(image), rtol=0, atol=0)
         assert twin.num_patches == 11
@@ -160,6 +165,23 @@ def test_a_plain_vits_state_loads_strictly_and_any_other_fails_by_name():
     del state['patch_embed.patching.localizer.stem.0.0.weight']
     with pytest.raises(RuntimeError, match=r'localizer\.stem\.0\.0\.weight'):
         model.load_state_dict(state)
+
+
+@pytest.mark.parametrize('transform', timm_apvit.TRANSFORMS)
+def test_scripted_is_eager_and_geometry_is_float32_under_autocast_and_in_bfloat16(transform):
+    model, image = create(transform=transform, num_classes=3, num_patches=9), torch.randn(2, 3, 96, 96)
+    scripted = torch.jit.script(model)
+    torch.testing.assert_close(scripted(image), model(image), rtol=0, atol=1e-4)
+    patching, anchor = model.patch_embed.patching, (torch.zeros(9, 2), torch.full((9, 2), 0.2))
+    raw = {name: torch.randn(2, 9, width) for name, width in patching.transform.fields.items()}
+    local = torch.rand(7, 2) * 2 - 1
+    expected = patching.transform(raw, *anchor, (96, 96)).points(local)
+    with torch.autocast('cpu', dtype=torch.bfloat16):
+        cast = copy.deepcopy(patching.transform).bfloat16()
+        for family in (patching.transform, scripted.patch_embed.patching.transform, cast):
+            placed = PatchGeometry(*family(raw, *anchor, (96, 96)))
+            torch.testing.assert_close(placed.points(local), expected, rtol=0, atol=2e-6)
+    assert model.bfloat16().patch_geometry(image.bfloat16()).outlines(3).dtype == torch.float32
 
 
 def test_scripted_gradients_are_those_of_eager_where_no_patch_is_at_a_bound():
