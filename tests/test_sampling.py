@@ -10,7 +10,7 @@ from torch import Tensor
 
 from timm_apvit import TRANSFORMS
 from timm_apvit.coords import anchors, sample_grid
-from timm_apvit.geometry import footprint, patch_points, place_inside
+from timm_apvit.geometry import footprint, patch_jacobians, patch_points, place_inside
 from timm_apvit.sampling import mip_atlas, mip_level, num_mip_levels, sample_patches
 
 CPU = torch.device('cpu')
@@ -205,3 +205,29 @@ def test_dtype_image_is_read_in_float32():
     assert sampled.dtype == torch.float32
     expected = sample_patches(image.bfloat16().float(), points, torch.full((1, 4), 2.0), 2.0)
     torch.testing.assert_close(sampled, expected)
+
+
+@pytest.mark.parametrize(('name', 'field', 'share'), [('projective', 'perspective', 0.9), ('tps', 'warp', 1.05)])
+def test_the_footprint_of_a_warped_patch_follows_its_samples(photographs, name, field, share):
+    """Against the average over each sample's own cell: nearer than bilinear sampling, and than one footprint for all.
+
+    The latter in perspective alone: a spline stretches what is next to what it shrinks.
+    """
+    patch, fineness, errors = 16, 16, {'own': 0.0, 'one': 0.0, 'bilinear': 0.0}
+    transform = TRANSFORMS[name](max_perspective=0.7, max_warp=1.0, max_zoom=1.0)
+    for image in photographs:
+        size = (image.shape[-2], image.shape[-1])
+        raw = {each: torch.zeros(1, 30, width) for each, width in transform.fields.items()}
+        raw[field] = torch.randn_like(raw[field]) * 2
+        centres, extents = torch.rand(30, 2) - 0.5, 1.8 * patch / torch.tensor([size[1], size[0]]).expand(30, 2)
+        geometry = transform(raw, centres, extents, size)
+        local = sample_grid((patch, patch), CPU)
+        points, steps = patch_points(geometry, local), footprint(patch_jacobians(geometry, local), size, (patch, patch))
+        cells = patch_points(geometry, sample_grid((patch * fineness, patch * fineness), CPU))
+        truth = F.avg_pool2d(sample_patches(image, cells, torch.ones(1, 30), 1.0)[0], fineness)
+        one = steps.square().mean(dim=(2, 3)).sqrt()
+        for key, given, bound in (('own', steps, 64.0), ('one', one, 64.0), ('bilinear', steps, 1.0)):
+            errors[key] += (sample_patches(image, points, given, bound)[0] - truth).square().mean().item()
+    own, one, bilinear = (math.sqrt(errors[key]) for key in ('own', 'one', 'bilinear'))
+    assert own < share * one, (own, one, bilinear)
+    assert own < 0.7 * bilinear, (own, one, bilinear)
