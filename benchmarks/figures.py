@@ -1,4 +1,4 @@
-"""Make the README's pictures of photographs: train patches on them, then draw where these lie.
+"""Make pictures of photographs: train patches on them, then draw where these lie.
 
     python benchmarks/figures.py --weights vit_small_patch14_dinov2.safetensors [--run DIR]
 
@@ -15,6 +15,7 @@ from PIL import Image
 from skimage import data
 
 from timm_apvit.__main__ import main as timm_apvit
+from timm_apvit.figures import load_drawing
 from timm_apvit.finetuning.checkpoints import replacing, snapshots
 from timm_apvit.show import load_model
 from timm_apvit.visualize import animate_training, compare, plot_patches
@@ -76,12 +77,16 @@ def draw(photographs: dict[str, NDArray[np.uint8]], run: Path, output: Path) -> 
     """Draw the figures of a run."""
     model = load_model(str(run))
     images, names = list(photographs.values()), list(photographs)
-    plot_patches(model, images, titles=names).savefig(output / 'photographs.png', dpi=80, bbox_inches='tight')
-    budgets = compare(model, images[0], (16, 64, 196), panels=('outlines',))
-    budgets.savefig(output / 'budgets.png', dpi=80, bbox_inches='tight')
     models = ((epoch, load_model(str(folder))) for epoch, folder in snapshots(run).items())
-    with replacing(output / 'training.gif') as unfinished:
-        unfinished.write_bytes(animate_training(models, images[:2], titles=names[:2], panels=('outlines', 'coverage')))
+    as_file = load_drawing().file_bytes
+    drawn = {
+        'photographs.png': as_file(plot_patches(model, images, titles=names), dpi=80),
+        'budgets.png': as_file(compare(model, images[0], (16, 64, 196), panels=('outlines',)), dpi=80),
+        'training.gif': animate_training(models, images[:2], titles=names[:2], panels=('outlines', 'coverage')),
+    }
+    for name, file in drawn.items():
+        with replacing(output / name) as unfinished:
+            unfinished.write_bytes(file)
 
 
 if __name__ == '__main__':

@@ -83,6 +83,11 @@ def create(name: str = 'test_apvit', **kwargs: object) -> nn.Module:
     return move_patches(timm.create_model(name, **kwargs), std=0.3).eval()
 
 
+def images(*shape: int) -> Tensor:
+    """The same images each time, of standard normal values."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
+
+
 def normalised(model: nn.Module, image: Tensor) -> Tensor:
     """An image ``(C, H, W)`` of [0, 1] as a batch that a model takes."""
     config = image_config(model)

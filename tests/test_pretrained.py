@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from conftest import assert_equal_up_to_rounding, randomise
+from conftest import assert_equal_up_to_rounding, images, randomise
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
@@ -31,10 +31,6 @@ SQUARE = (2, 3, 160, 160)
 def adaptive(seed=0, **kwargs):
     """A small model whose patches have moved."""
     return randomise(timm.create_model('test_apvit', **kwargs), seed, std=0.1).eval()
-
-
-def images(*shape):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
 
 
 def create(file, name='test_apvit', **kwargs):

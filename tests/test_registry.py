@@ -10,7 +10,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from conftest import assert_equal_up_to_rounding, randomise
+from conftest import assert_equal_up_to_rounding, images, randomise
 from hub_server import create_models, serve
 from safetensors.torch import save
 from timm.models import get_arch_pretrained_cfgs, is_model, is_model_pretrained, model_entrypoint
@@ -174,10 +174,6 @@ def test_rejects_an_unknown_tag_by_name():
         timm.create_model('test_apvit.no_such_tag', pretrained=True)
 
 
-def images(shape):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
-
-
 @pytest.fixture(scope='module')
 def hub(tmp_path_factory):
     """The models behind a Hub, the requests it got, and what `CALLS` made of it."""
@@ -209,29 +205,29 @@ def test_downloaded_model_is_the_vit(call, hub):
     expected = timm.create_model('test_vit', pretrained=True, pretrained_cfg_overlay=overlay, **kwargs).eval()
     actual = hub.results[call]
     if call == 'features':
-        for ours, theirs in zip(actual['features'], expected(images(shape)), strict=True):
+        for ours, theirs in zip(actual['features'], expected(images(*shape)), strict=True):
             assert_equal_up_to_rounding(ours, theirs)
         return
-    assert_equal_up_to_rounding(actual['features'], expected.forward_features(images(shape)))
+    assert_equal_up_to_rounding(actual['features'], expected.forward_features(images(*shape)))
     if call == 'classes':
         assert actual['logits'].shape == (2, 7)
     else:
-        assert_equal_up_to_rounding(actual['logits'], expected(images(shape)))
+        assert_equal_up_to_rounding(actual['logits'], expected(images(*shape)))
 
 
 def test_downloaded_tag_is_its_own_vit(hub):
     assert hub.results['tag']['logits'].shape == (1, 21843)
-    assert_equal_up_to_rounding(hub.results['tag']['logits'], hub.tagged(images([1, 3, 224, 224])))
+    assert_equal_up_to_rounding(hub.results['tag']['logits'], hub.tagged(images(1, 3, 224, 224)))
 
 
 def test_downloaded_half_grid_is_the_vit_on_the_halved_image(hub):
     small = timm.create_model('test_vit', img_size=80).eval()
     small.load_state_dict(checkpoint_filter_fn(hub.vit.state_dict(), small))
-    assert_equal_up_to_rounding(hub.results['half']['logits'], small(F.avg_pool2d(images(SQUARE), 2)))
+    assert_equal_up_to_rounding(hub.results['half']['logits'], small(F.avg_pool2d(images(*SQUARE), 2)))
 
 
 def test_downloaded_apvit_is_the_one_that_was_saved(hub):
-    assert_equal_up_to_rounding(hub.results['saved']['logits'], hub.saved(images([2, 3, 96, 128])))
+    assert_equal_up_to_rounding(hub.results['saved']['logits'], hub.saved(images(2, 3, 96, 128)))
 
 
 def test_downloaded_model_knows_its_source(hub):

@@ -30,7 +30,6 @@ DARKEST = 0.25  # of that scale, where it colours lines
 FEW = 64  # patches up to which lines are thick and centres are marked
 # Panels narrower or wider than this would not fit a page: there an image is stretched.
 NARROWEST = 1 / 6
-TIGHT: dict[str, Any] = {'bbox_inches': 'tight', 'pad_inches': 0.05}  # how a figure is saved without empty margins
 HEAT_CELLS = 256  # of a coverage map along its longer side
 
 
@@ -38,13 +37,13 @@ class Picture(Figure):
     """A matplotlib figure that notebooks show whether or not pyplot has been imported."""
 
     def _repr_png_(self) -> bytes:
-        return png_bytes(self)
+        return file_bytes(self)
 
 
-def png_bytes(figure: Any) -> bytes:
-    """A figure as a PNG file."""
+def file_bytes(figure: Any, kind: str = 'png', dpi: int = 100) -> bytes:
+    """A figure as a file of a kind that matplotlib writes, without empty margins."""
     file = io.BytesIO()
-    figure.savefig(file, format='png', dpi=100, **TIGHT)
+    figure.savefig(file, format=kind, dpi=dpi, bbox_inches='tight', pad_inches=0.05)
     return file.getvalue()
 
 

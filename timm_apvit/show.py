@@ -1,7 +1,6 @@
 """The command that draws what a model looks at: images and a model -> a picture, an animation or both."""
 
 import argparse
-import io
 import sys
 import warnings
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 import timm
 import torch
 
-from timm_apvit.figures import PANELS
+from timm_apvit.figures import PANELS, load_drawing
 from timm_apvit.finetuning.checkpoints import BEST, CONFIG_FILE, LAST, first_line, replacing, snapshots
 from timm_apvit.finetuning.failures import is_out_of_memory
 from timm_apvit.finetuning.models import check_registered, create_model
@@ -99,10 +98,9 @@ def check_outputs(given: dict[str, Any]) -> list[Path]:
         ValueError: none is asked for, or one is of an unknown ending, a folder, in none, or an image that is drawn.
         ModuleNotFoundError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.backend_bases import FigureCanvasBase
-    except ModuleNotFoundError:
-        raise ModuleNotFoundError("pictures need matplotlib: pip install 'timm-apvit[pictures]'") from None
+    load_drawing()
+    from matplotlib.backend_bases import FigureCanvasBase
+
     known = {'output': sorted(FigureCanvasBase.get_supported_filetypes()), 'animate': ['gif']}
     options = {'output': '--output', 'animate': '--animate'}
     outputs = []
@@ -172,10 +170,8 @@ def draw(model: APViT, given: dict[str, Any]) -> dict[Path, bytes]:
             figure = (
                 compare(model, images, budgets, **style) if several else plot_patches(model, images, budget, **style)
             )
-            file = io.BytesIO()
             path = Path(given['output'])
-            figure.savefig(file, format=path.suffix[1:].lower(), dpi=DPI, bbox_inches='tight', pad_inches=0.05)
-            drawn[path] = file.getvalue()
+            drawn[path] = load_drawing().file_bytes(figure, path.suffix[1:].lower(), DPI)
         if 'animate' in given:
             kept = {} if budgets is not None and len(budgets) > 1 else _snapshots(given['checkpoint'])
             models = ((epoch, load_model(str(folder))) for epoch, folder in kept.items())

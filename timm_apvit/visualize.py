@@ -24,7 +24,7 @@ from timm_apvit.figures import (
     shortened,
 )
 from timm_apvit.images import read_image
-from timm_apvit.views import PatchView, view_patches
+from timm_apvit.views import view_patches
 from timm_apvit.vision_transformer import APViT
 
 if TYPE_CHECKING:
@@ -145,9 +145,8 @@ def animate(
         ModuleNotFoundError, FileNotFoundError, ValueError: as `plot_patches`.
     """
     read, names = _checked(model, images, titles, panels, color_by)
-    attention = color_by == 'attention'
-    views = [[view_patches(model, image, n, attention) for image in read] for n in _budgets(model, num_patches)]
-    return _film(views, [names] * len(views), panels, seconds)
+    frames = [('', model, budget) for budget in _budgets(model, num_patches)]
+    return _film(frames, read, names, panels, color_by, seconds)
 
 
 def animate_training(
@@ -164,7 +163,7 @@ def animate_training(
 
     Args:
         models: with a name each, such as the snapshots of a training; taken one by one, so that they may be loaded
-            when it is their turn.
+            when it is their turn. The images are read for the first.
         images: as in `plot_patches`.
         num_patches: N or ``(gh, gw)``; None: those of each model.
         panels: as in `plot_patches`.
@@ -178,27 +177,35 @@ def animate_training(
     Raises:
         ModuleNotFoundError, FileNotFoundError, ValueError: as `plot_patches`; there is no model.
     """
-    views, captions = [], []
-    for name, model in models:
-        read, names = _checked(model, images, titles, panels, color_by)
-        views.append([view_patches(model, image, num_patches, color_by == 'attention') for image in read])
-        captions.append([', '.join(filter(None, (name, each))) for each in names])
-    if not views:
+    following = iter(models)
+    first = next(following, None)
+    if first is None:
         raise ValueError('expected one model or more, got none')
-    return _film(views, captions, panels, seconds)
+    read, names = _checked(first[1], images, titles, panels, color_by)
+    frames = ((name, model, num_patches) for name, model in chain([first], following))
+    return _film(frames, read, names, panels, color_by, seconds)
 
 
 def _film(
-    views: Sequence[Sequence[PatchView]], names: Sequence[Sequence[str]], panels: Sequence[str], seconds: float
+    frames: Iterable[tuple[str, APViT, NumPatches | None]],
+    images: Sequence[Tensor],
+    names: Sequence[str],
+    panels: Sequence[str],
+    color_by: str,
+    seconds: float,
 ) -> bytes:
-    """Make a GIF: for each frame the views, and the names, of all images."""
+    """Make a GIF of images: of each frame what it is called, the model and the number of patches."""
     drawing = load_drawing()
-    crowded = any(map(is_crowded, chain(*views)))  # so that all frames have one size
-    frames = []
-    for seen, called in zip(views, names, strict=True):
-        rows = [panel_cells(view, name, panels) for view, name in zip(seen, called, strict=True)]
-        frames.append(drawing.rendered(draw_figure(rows, crowded), dpi=100))
-    file: bytes = drawing.gif_bytes(frames, seconds)
+    called, seen = [], []
+    for caption, model, budget in frames:
+        called.append([', '.join(filter(None, (caption, name))) for name in names])
+        seen.append([view_patches(model, image, budget, color_by == 'attention') for image in images])
+    crowded = any(map(is_crowded, chain(*seen)))  # so that all frames have one size
+    pictures = []
+    for titles, views in zip(called, seen, strict=True):
+        rows = [panel_cells(view, title, panels) for view, title in zip(views, titles, strict=True)]
+        pictures.append(drawing.rendered(draw_figure(rows, crowded), dpi=100))
+    file: bytes = drawing.gif_bytes(pictures, seconds)
     return file
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from conftest import assert_equal_up_to_rounding, create, randomise, relative
+from conftest import assert_equal_up_to_rounding, create, images, randomise, relative
 from hub_server import client_environment, serve
 from PIL import Image
 from torch import nn
@@ -31,10 +31,6 @@ def saved(tmp_path_factory):
     model = randomise(create(img_size=64, num_classes=3, **MODEL_ARGS))
     timm_apvit.save_pretrained(model, folder, label_names=NAMES)
     return model, str(folder)
-
-
-def images(*shape):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
 
 
 def picture(seed=0):

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from timm_apvit.figures import load_drawing
 from timm_apvit.finetuning.checkpoints import replacing
 from timm_apvit.finetuning.data import Splits, some_samples
 from timm_apvit.finetuning.training import Row, best_row
@@ -30,7 +31,7 @@ def save_picture(model: APViT, splits: Splits, data_config: dict[str, Any], path
     pixels = (images * std + mean).clamp(0, 1)
     figure = plot_patches(model, pixels, panels=('image', 'outlines'), titles=titles, images_per_row=2)
     with replacing(path) as unfinished:
-        figure.savefig(unfinished, dpi=100, bbox_inches='tight', pad_inches=0.05)
+        unfinished.write_bytes(load_drawing().file_bytes(figure))
 
 
 def epoch_line(row: Row, epochs: int) -> str:
