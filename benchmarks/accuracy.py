@@ -262,8 +262,10 @@ def draw_curves(groups: dict[tuple[int, str, str], list[dict[str, Any]]], path: 
         for key, runs in groups.items():
             if key[0] == budget:
                 mean = [statistics.mean(values) for values in zip(*(each['curve'] for each in runs), strict=True)]
-                panel.plot(runs[0]['images_seen'], mean, label=' '.join(filter(None, key[1:])))
-        panel.set(title=f'{budget} patches', xlabel='images seen')
+                panel.plot(
+                    [seen / 1000 for seen in runs[0]['images_seen']], mean, label=' '.join(filter(None, key[1:]))
+                )
+        panel.set(title=f'{budget} patches', xlabel='thousands of images seen')
         panel.legend(fontsize=7)
     panels[0].set_ylabel('top-1 on the test set')
     figure.savefig(path, dpi=90)
