@@ -1,5 +1,6 @@
 """The benchmark's contestants and images."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -10,9 +11,11 @@ import torch
 BENCHMARKS = Path(__file__).parents[1] / 'benchmarks'
 sys.path.insert(0, str(BENCHMARKS))
 
+import transforms  # noqa: E402
 from contestants import CONTESTANTS, VARIANTS, create_contestant  # noqa: E402
 from fashion import TASKS, CleanObjects, Crops, DistortedObjects, Distortion, load_fashion, load_task  # noqa: E402
 
+import timm_apvit  # noqa: E402
 from timm_apvit.finetuning.clutter import Clutter, ClutteredObjects  # noqa: E402
 
 
@@ -167,3 +170,18 @@ def test_tasks_load_training_and_test_images(name, tmp_path):
 def test_missing_files_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r'expected train-images-idx3-ubyte\.gz in'):
         load_fashion(tmp_path, train=True)
+
+
+def test_families_are_timed_in_turns(tmp_path, monkeypatch, capsys):
+    output = tmp_path / 'transforms.json'
+    arguments = ['--model', 'test_apvit', '--batch', '1', '--rounds', '3', '--output', str(output)]
+    monkeypatch.setattr(sys, 'argv', ['transforms.py', *arguments])
+    threads = torch.get_num_threads()
+    transforms.main()
+    torch.set_num_threads(threads)
+    rows = json.loads(output.read_text())['families']
+    assert [row['family'] for row in rows] == ['ViT', *timm_apvit.TRANSFORMS]
+    reference = next(row for row in rows if row['family'] == transforms.REFERENCE)
+    assert reference['ratio_quartiles'] == [1, 1, 1]
+    assert all(row['milliseconds'] > 0 and row['ratio_quartiles'] == sorted(row['ratio_quartiles']) for row in rows)
+    assert len(capsys.readouterr().out.splitlines()) == len(rows)
