@@ -231,3 +231,11 @@ def test_the_footprint_of_a_warped_patch_follows_its_samples(photographs, name, 
     own, one, bilinear = (math.sqrt(errors[key]) for key in ('own', 'one', 'bilinear'))
     assert own < share * one, (own, one, bilinear)
     assert own < 0.7 * bilinear, (own, one, bilinear)
+
+
+@pytest.mark.parametrize('max_footprint', [1.0, 2.0, 8.0])
+def test_a_position_that_is_not_a_number_does_not_end_the_process(max_footprint):
+    points = torch.full((1, 2, 4, 4, 2), float('nan'), requires_grad=True)
+    footprint = torch.full((1, 2), float('nan'))
+    sample_patches(torch.rand(1, 3, 32, 32), points, footprint, max_footprint).sum().backward()
+    assert points.grad.shape == points.shape

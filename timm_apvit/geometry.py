@@ -59,21 +59,11 @@ class PatchGeometry(NamedTuple):
 
 
 def patch_points(geometry: PatchGeometry, local: Tensor) -> Tensor:
-    """Map patch-local points ``(..., 2)`` of [-1, 1]^2 into the image: ``(B, N, ..., 2)``.
-
-    Of a geometry that is not a number they are somewhere: on CPU, the backward of sampling at a position that is not a
-    number ends the process.
-    """
+    """Map patch-local points ``(..., 2)`` of [-1, 1]^2 into the image: ``(B, N, ..., 2)``."""
     shape = geometry.centres.shape
     u = warped(geometry.perspective, geometry.spline, local.reshape(-1, 2))
-    if geometry.perspective is not None or geometry.spline is not None:
-        u = torch.nan_to_num(u)
-    centres, matrices = torch.nan_to_num(geometry.centres), torch.nan_to_num(geometry.image_from_patch)
-    # As planes of x and of y, whose long rows take half the time of pairs.
-    u_x, u_y = u[..., 0], u[..., 1]
-    x = torch.addcmul(torch.addcmul(centres[..., :1], matrices[..., 0, :1], u_x), matrices[..., 0, 1:], u_y)
-    y = torch.addcmul(torch.addcmul(centres[..., 1:], matrices[..., 1, :1], u_x), matrices[..., 1, 1:], u_y)
-    return torch.stack([x, y], dim=-1).reshape(list(shape[:2]) + list(local.shape))
+    points = geometry.centres.unsqueeze(2) + transformed(geometry.image_from_patch, u)
+    return points.reshape(list(shape[:2]) + list(local.shape))
 
 
 def patch_jacobians(geometry: PatchGeometry, local: Tensor) -> Tensor:

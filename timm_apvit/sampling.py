@@ -37,8 +37,9 @@ def num_mip_levels(max_footprint: float, image_size: tuple[int, int]) -> int:
 
 
 def _halve(level: Tensor) -> Tensor:
-    """The next mip level: 2 x 2 averages; at odd sides of what is left, as if extended, so that no level drifts."""
-    return F.avg_pool2d(level, 2, ceil_mode=True, count_include_pad=False)
+    """The next mip level: 2 x 2 averages; odd sides are extended by replication, so that no level drifts."""
+    level = F.pad(level, [0, level.shape[-1] % 2, 0, level.shape[-2] % 2], mode='replicate')
+    return F.avg_pool2d(level, 2)
 
 
 def mip_atlas(image: Tensor, num_levels: int) -> tuple[Tensor, int]:
@@ -67,7 +68,9 @@ def _read(texture: Tensor, points: Tensor) -> Tensor:
 
     As one strip of ``N * P_h`` rows: expanding the image once a patch would take gigabytes.
     """
-    strip = F.grid_sample(texture, points.flatten(1, 2), mode='bilinear', padding_mode='border', align_corners=False)
+    # On CPU, grid_sample's backward ends the process at a position that is not a number.
+    grid = torch.nan_to_num(points.flatten(1, 2))
+    strip = F.grid_sample(texture, grid, mode='bilinear', padding_mode='border', align_corners=False)
     return strip.reshape([points.shape[0], texture.shape[1]] + list(points.shape[1:4]))  # noqa: RUF005
 
 
@@ -89,8 +92,7 @@ def sample_patches(image: Tensor, points: Tensor, footprint: Tensor, max_footpri
 
     Args:
         image: any floating dtype; it is read in that of ``points`` (float32), which holds both coordinates and pixels.
-        points: (x, y) of every sample, normalised over pixel edges, each a number; outside the image its
-            border pixels go on.
+        points: (x, y) of every sample, normalised over pixel edges; outside the image its border pixels go on.
         footprint: source pixels per sample, for each patch or each sample: ``(B, N)`` or ``(B, N, P_h, P_w)``.
         max_footprint: upper bound of ``footprint``, from shapes and bounds alone; it sets how many levels are built.
     """
@@ -112,7 +114,7 @@ def sample_patches(image: Tensor, points: Tensor, footprint: Tensor, max_footpri
         return torch.lerp(fine, coarse, level.unsqueeze(1)).transpose(1, 2)
 
     atlas, slot_width = mip_atlas(image, num_levels)
-    finer = torch.nan_to_num(torch.floor(level.detach())).clamp(max=float(num_levels - 2))
+    finer = torch.floor(level.detach()).clamp(max=float(num_levels - 2))
     fine = _read_atlas(atlas, slot_width, image_size, points, finer)
     coarse = _read_atlas(atlas, slot_width, image_size, points, finer + 1)
     return torch.lerp(fine, coarse, (level - finer).unsqueeze(1)).transpose(1, 2)
