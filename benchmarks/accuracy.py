@@ -11,7 +11,6 @@ trains nothing. `--speed` times all contestants of which there are results, in t
 import argparse
 import itertools
 import json
-import platform
 import shutil
 import statistics
 import sys
@@ -21,14 +20,13 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 from contestants import CONTESTANTS, VARIANTS, create_contestant, crop_side, square
 from cost import multiply_adds
+from environment import machine, versions
 from fashion import TASKS, load_task
 from torch import nn
 
-import timm_apvit
 from timm_apvit import APViT
 from timm_apvit.finetuning.checkpoints import CheckpointStore, write_atomically
 from timm_apvit.finetuning.evaluate import images_per_second
@@ -125,7 +123,7 @@ def run(options: argparse.Namespace, contestant: str, budgets: tuple[int, ...], 
             'multiply_adds': count_multiply_adds(model, splits.test[0][0][None].to(options.device)),
             **settings,
             'machine': machine(options.threads),
-            'versions': {'torch': torch.__version__, 'timm': timm.__version__, 'timm_apvit': timm_apvit.__version__},
+            'versions': versions(),
             'command': ' '.join(sys.argv), 'time': time.strftime('%Y-%m-%d'),
         }  # fmt: skip
         write_atomically(path, json.dumps(result, indent=1) + '\n')
@@ -209,11 +207,6 @@ def measure_speed(options: argparse.Namespace) -> None:
     write_atomically(options.results / f'speed-{options.task}.json', text + '\n')
 
 
-def machine(threads: int) -> dict[str, Any]:
-    """What figures were taken on."""
-    return {'processor': platform.processor() or platform.machine(), 'threads': threads}
-
-
 def read_results(folder: Path, task: str) -> list[dict[str, Any]]:
     """The results of a task."""
     return [json.loads(path.read_text()) for path in sorted(folder.glob(f'{task}-*.json'))]
@@ -262,9 +255,8 @@ def draw_curves(groups: dict[tuple[int, str, str], list[dict[str, Any]]], path: 
         for key, runs in groups.items():
             if key[0] == budget:
                 mean = [statistics.mean(values) for values in zip(*(each['curve'] for each in runs), strict=True)]
-                panel.plot(
-                    [seen / 1000 for seen in runs[0]['images_seen']], mean, label=' '.join(filter(None, key[1:]))
-                )
+                thousands = [seen / 1000 for seen in runs[0]['images_seen']]
+                panel.plot(thousands, mean, label=' '.join(filter(None, key[1:])))
         panel.set(title=f'{budget} patches', xlabel='thousands of images seen')
         panel.legend(fontsize=7)
     panels[0].set_ylabel('top-1 on the test set')

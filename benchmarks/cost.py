@@ -22,6 +22,7 @@ from typing import Any
 
 import timm
 import torch
+from environment import versions
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
@@ -145,9 +146,8 @@ def main() -> None:
         lines.append(f'{m["model"]:<11} {cells[0]}   {cells[1]}')
     sys.stdout.write('\n'.join(lines) + '\n')
     if args.output:
-        versions = {'torch': torch.__version__, 'timm': timm.__version__, 'timm_apvit': timm_apvit.__version__}
         machine = {'machine': platform.platform(), 'processor': platform.machine(), 'python': platform.python_version()}
-        report = {'command': sys.argv, **versions, **machine, 'multiply_adds': cost, 'memory': memory}
+        report = {'command': sys.argv, **versions(), **machine, 'multiply_adds': cost, 'memory': memory}
         args.output.write_text(json.dumps(report, indent=2) + '\n')
 
 

@@ -8,7 +8,6 @@ median of these ratios counts, and their quartiles tell how far to trust it.
 
 import argparse
 import json
-import platform
 import statistics
 import sys
 import time
@@ -16,6 +15,7 @@ from pathlib import Path
 
 import timm
 import torch
+from environment import machine, versions
 from torch import nn
 
 import timm_apvit
@@ -63,10 +63,9 @@ def main() -> None:
             f'{name:<18} {rows[-1]["milliseconds"]:>7.0f} ms   {middle:.3f} x {REFERENCE} ({low:.3f} to {high:.3f})\n'
         )
     if args.output:
-        versions = {'torch': torch.__version__, 'timm': timm.__version__, 'timm_apvit': timm_apvit.__version__}
-        machine = {'processor': platform.processor() or platform.machine(), 'threads': args.threads}
-        report = {'command': ' '.join(sys.argv), **versions, **machine, 'model': args.model, 'batch': args.batch}
-        args.output.write_text(json.dumps({**report, 'families': rows}, indent=1) + '\n')
+        setting = {**versions(), **machine(args.threads), 'model': args.model, 'batch': args.batch}
+        report = {'command': ' '.join(sys.argv), **setting, 'families': rows}
+        args.output.write_text(json.dumps(report, indent=1) + '\n')
 
 
 if __name__ == '__main__':
