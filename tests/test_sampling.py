@@ -1,4 +1,4 @@
-"""Sampling: oracles for bilinear reading, area averages, the pyramid and its atlas."""
+"""Sampling: oracles for bilinear reading, area averages and the pyramid."""
 
 import math
 
@@ -11,9 +11,16 @@ from torch import Tensor
 from timm_apvit import TRANSFORMS
 from timm_apvit.coords import anchors, sample_grid
 from timm_apvit.geometry import footprint, patch_jacobians, patch_points, place_inside
-from timm_apvit.sampling import mip_atlas, mip_level, num_mip_levels, sample_patches
+from timm_apvit.sampling import mip_level, mip_pyramid, num_mip_levels
+from timm_apvit.sampling import sample_patches as sample_pyramid
 
 CPU = torch.device('cpu')
+
+
+def sample_patches(image: Tensor, points: Tensor, footprint: Tensor, max_footprint: float) -> Tensor:
+    """Sample patches of footprints up to a bound: ``(B, C, H, W)``, ``(B, N, P, P, 2)`` -> ``(B, N, C, P, P)``."""
+    size = (image.shape[-2], image.shape[-1])
+    return sample_pyramid(mip_pyramid(image, num_mip_levels(max_footprint, size)), points, footprint)
 
 
 def grid_patches(image: Tensor, grid: tuple[int, int], patch: int) -> Tensor:
@@ -138,7 +145,6 @@ def test_no_level_drifts_on_odd_sides(size, level):
 
 @pytest.mark.parametrize('size', [(1, 1), (1, 9), (6, 5), (16, 16), (23, 64)])
 def test_constant_images_stay_constant_at_every_level(size):
-    """Nothing but the image is ever read from the atlas."""
     points = torch.rand(2, 9, 3, 3, 2) * 2 - 1
     points[:, 0] = points[:, 0].sign()  # corners of the image
     steps = torch.exp2(torch.rand(2, 9) * 8)
@@ -146,8 +152,7 @@ def test_constant_images_stay_constant_at_every_level(size):
     torch.testing.assert_close(sampled, torch.full_like(sampled, 7.0), rtol=0, atol=1e-5)
 
 
-def test_atlas_and_single_levels_agree():
-    """A pyramid of many levels reads what one of two levels reads."""
+def test_more_levels_than_needed_change_nothing():
     image = torch.randn(1, 2, 37, 51)
     points = torch.rand(1, 9, 3, 3, 2) * 2 - 1
     steps = 1 + 1.5 * torch.rand(1, 9)
@@ -180,12 +185,15 @@ def test_number_of_levels(bound, size, expected):
     assert num_mip_levels(bound, size) == expected
 
 
-def test_atlas_grows_the_image_by_half_at_most():
-    image = torch.randn(1, 3, 224, 224)
-    atlas, width = mip_atlas(image, 4)
-    assert width == 224
-    assert atlas.shape == (1, 3, 336, 224)
-    assert mip_atlas(torch.zeros(1, 1, 3, 1000), 11)[0].shape == (1, 1, 5, 1024)
+@pytest.mark.parametrize('size', [(224, 224), (13, 1), (1, 9), (37, 50)])
+def test_levels_are_averages_of_four_pixels(size):
+    image = torch.randn(2, 3, *size)
+    levels = mip_pyramid(image, 4)
+    assert levels[0] is image
+    for k in range(1, 4):
+        height, width = levels[k - 1].shape[-2:]
+        extended = F.pad(levels[k - 1], [0, width % 2, 0, height % 2], mode='replicate')
+        torch.testing.assert_close(levels[k], F.avg_pool2d(extended, 2))
 
 
 @pytest.mark.parametrize('bound', [1.0, 2.5, 16.0])
@@ -196,15 +204,6 @@ def test_gradcheck_sampling(bound):
     points = (cells / torch.tensor([8.0, 6.0]) - 1).requires_grad_()
     steps = torch.tensor([[1.3, 0.9 * min(bound, 7.0)]], dtype=torch.float64, requires_grad=bound > 1)
     assert torch.autograd.gradcheck(lambda *args: sample_patches(*args, bound), (image, points, steps))
-
-
-def test_dtype_image_is_read_in_float32():
-    image = torch.rand(1, 1, 32, 32)
-    points = torch.rand(1, 4, 3, 3, 2) * 2 - 1
-    sampled = sample_patches(image.bfloat16(), points, torch.full((1, 4), 2.0), 2.0)
-    assert sampled.dtype == torch.float32
-    expected = sample_patches(image.bfloat16().float(), points, torch.full((1, 4), 2.0), 2.0)
-    torch.testing.assert_close(sampled, expected)
 
 
 @pytest.mark.parametrize(('name', 'field', 'share'), [('projective', 'perspective', 0.9), ('tps', 'warp', 1.05)])

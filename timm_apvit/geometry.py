@@ -61,9 +61,11 @@ class PatchGeometry(NamedTuple):
 def patch_points(geometry: PatchGeometry, local: Tensor) -> Tensor:
     """Map patch-local points ``(..., 2)`` of [-1, 1]^2 into the image: ``(B, N, ..., 2)``."""
     shape = geometry.centres.shape
-    u = warped(geometry.perspective, geometry.spline, local.reshape(-1, 2))
-    points = geometry.centres.unsqueeze(2) + transformed(geometry.image_from_patch, u)
-    return points.reshape(list(shape[:2]) + list(local.shape))
+    u = warped(geometry.perspective, geometry.spline, local.reshape(-1, 2)).unsqueeze(1)  # (B, 1, N, P, 2)
+    centres, matrices = geometry.centres.transpose(1, 2).unsqueeze(-1), geometry.image_from_patch.transpose(1, 2)
+    # As planes of x and of y, which take a third of the time of pairs, and which grid_sample reads as they are.
+    points = torch.addcmul(torch.addcmul(centres, matrices[..., :1], u[..., 0]), matrices[..., 1:], u[..., 1])
+    return points.movedim(1, -1).reshape(list(shape[:2]) + list(local.shape))  # (B, 2, N, P) -> (B, N, ..., 2)
 
 
 def patch_jacobians(geometry: PatchGeometry, local: Tensor) -> Tensor:

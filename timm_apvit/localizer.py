@@ -63,6 +63,13 @@ class Localizer(ScaleKeeping):
         self.fields = nn.ModuleDict({name: ZeroLinear(width, n, **factory) for name, n in fields.items()})
         self.init_weights()
 
+    def level(self, image_size: tuple[int, int]) -> int:
+        """The coarsest level of the pyramid of an image ``(H, W)`` that is no smaller than what is looked at."""
+        level, shorter = 0, min(image_size[0], image_size[1])
+        while shorter >= 2 * self.side:
+            level, shorter = level + 1, (shorter + 1) // 2
+        return level
+
     def look(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """Look at ``(B, C, H, W)``: features ``(B, D, side / 4, side / 4)`` and context ``(B, 1, D)``."""
         dtype = self.from_feature.weight.dtype

@@ -10,7 +10,7 @@ from timm_apvit.coords import NumPatches, anchors, check_number, check_patch_siz
 from timm_apvit.focus import LARGEST_FOCUS, FocusNetwork
 from timm_apvit.geometry import PatchGeometry, footprint, patch_jacobians, patch_points
 from timm_apvit.localizer import Localizer
-from timm_apvit.sampling import sample_patches
+from timm_apvit.sampling import mip_pyramid, num_mip_levels, sample_patches
 from timm_apvit.transforms import transform_family
 
 
@@ -128,7 +128,9 @@ class AdaptivePatching(nn.Module):
             raise ValueError(f'expected a layout (N, rows) with 1 <= rows <= N, got ({used[0]}, {used[1]})')
         image_size = (image.shape[2], image.shape[3])
 
-        features, context = self.localizer.look(image)
+        seen, num_levels = self.localizer.level(image_size), self._num_levels(image_size, used)
+        pyramid = mip_pyramid(image.float(), max(num_levels, seen + 1))  # in float32, as coordinates are
+        features, context = self.localizer.look(pyramid[seen])
         centres, extents = anchors(used, image.device)
         saliency: Optional[Tensor] = None
         window: Optional[Tensor] = None
@@ -154,16 +156,23 @@ class AdaptivePatching(nn.Module):
             placed.perspective,
             placed.spline,
         )
-        return self.sample(image, geometry, used), geometry
+        return self._sample(pyramid[:num_levels], geometry), geometry
 
     def sample(self, image: Tensor, geometry: PatchGeometry, layout: tuple[int, int]) -> Tensor:
         """Sample the patches of a geometry, at most as large as those of a layout ``(N, rows)`` may become."""
-        image_size = (image.shape[2], image.shape[3])
+        num_levels = self._num_levels((image.shape[2], image.shape[3]), layout)
+        return self._sample(mip_pyramid(image.float(), num_levels), geometry)
+
+    def _num_levels(self, image_size: tuple[int, int], layout: tuple[int, int]) -> int:
+        """How many mip levels the patches of a layout may be read from."""
+        return num_mip_levels(self.transform.max_footprint(layout, image_size, self.patch_size), image_size)
+
+    def _sample(self, pyramid: list[Tensor], geometry: PatchGeometry) -> Tensor:
+        image = pyramid[0]
         local = sample_grid(self.patch_size, image.device)
-        points = patch_points(geometry, local)
-        pixels_per_sample = footprint(patch_jacobians(geometry, local), image_size, self.patch_size)
-        largest = self.transform.max_footprint(layout, image_size, self.patch_size)
-        return sample_patches(image, points, pixels_per_sample, largest)
+        jacobians = patch_jacobians(geometry, local)
+        steps = footprint(jacobians, (image.shape[2], image.shape[3]), self.patch_size)
+        return sample_patches(pyramid, patch_points(geometry, local), steps)
 
     def _seen(self, window: Tensor) -> Tensor:
         """The windows ``(B, 3)``, but for some images that are seen whole in train mode."""

@@ -66,13 +66,15 @@ def interpolate_pos_embed(
             f'{grid_size[0]} x {grid_size[1]} grid, got {list(pos_embed.shape)}'
         )
     table = pos_embed[0, num_prefix_tokens:]
+    if table.dtype != torch.float64:
+        table = table.float()
     left, right, x = _neighbours(centres[..., 0].float(), grid_size[1])
     above, below, y = _neighbours(centres[..., 1].float(), grid_size[0])
-    x, y = x.unsqueeze(-1), y.unsqueeze(-1)
+    x, y = x.unsqueeze(-1).to(table.dtype), y.unsqueeze(-1).to(table.dtype)
     # Indexing rather than a product of hat weights: autocast would round the result to its own dtype.
-    upper = table[above * grid_size[1] + left] * (1 - x) + table[above * grid_size[1] + right] * x
-    lower = table[below * grid_size[1] + left] * (1 - x) + table[below * grid_size[1] + right] * x
-    patches = (upper * (1 - y) + lower * y).to(pos_embed.dtype)
+    upper = torch.lerp(table[above * grid_size[1] + left], table[above * grid_size[1] + right], x)
+    lower = torch.lerp(table[below * grid_size[1] + left], table[below * grid_size[1] + right], x)
+    patches = torch.lerp(upper, lower, y).to(pos_embed.dtype)
     if num_prefix_tokens == 0:
         return patches
     return torch.cat([pos_embed[:, :num_prefix_tokens].expand(patches.shape[0], -1, -1), patches], dim=1)

@@ -2,8 +2,8 @@
 
 A patch that covers more source pixels than it has samples aliases under plain bilinear sampling, which also hides
 from the localisation network what lies between its samples. Patches are therefore read from a mip pyramid (Williams
-1983) at the level of their own pixel footprint, trilinearly. All levels lie in one atlas, so that two look-ups serve
-any number of levels, and level 0 alone is read where shapes and bounds show that no footprint exceeds one pixel.
+1983) at the level of their own pixel footprint, trilinearly. The image alone is read where shapes and bounds show that
+no footprint exceeds one pixel.
 """
 
 import math
@@ -38,29 +38,21 @@ def num_mip_levels(max_footprint: float, image_size: tuple[int, int]) -> int:
 
 def _halve(level: Tensor) -> Tensor:
     """The next mip level: 2 x 2 averages; odd sides are extended by replication, so that no level drifts."""
-    level = F.pad(level, [0, level.shape[-1] % 2, 0, level.shape[-2] % 2], mode='replicate')
-    return F.avg_pool2d(level, 2)
+    if level.shape[-2] % 2 == 1 or level.shape[-1] % 2 == 1:
+        level = F.pad(level, [0, level.shape[-1] % 2, 0, level.shape[-2] % 2], mode='replicate')
+    rows = level[..., ::2, :] + level[..., 1::2, :]  # slices take a third of avg_pool2d's time
+    return (rows[..., ::2] + rows[..., 1::2]) * 0.25
 
 
-def mip_atlas(image: Tensor, num_levels: int) -> tuple[Tensor, int]:
-    """Lay the mip levels of an image into one: ``(B, C, H, W)`` -> ``(B, C, H + ceil(H / 2), S)`` and S.
+def mip_pyramid(image: Tensor, num_levels: int) -> list[Tensor]:
+    """The mip levels of an image: ``(B, C, H, W)`` -> level k of ``(B, C, ceil(H / 2^k), ceil(W / 2^k))``.
 
-    Level 0 lies at the top; below it stand the levels k >= 1 from left to right, in slots ``S / 2^k`` wide, where S
-    is the width rounded up to a multiple of ``2^(num_levels - 1)``. Source pixel X lies at ``X / 2^k`` in every level.
+    Source pixel X lies at ``X / 2^k`` in level k.
     """
-    multiple = 1 << (num_levels - 1)
-    slot_h = (image.shape[-2] + 1) // 2  # of level 1, the tallest below
-    slot_w = (image.shape[-1] + multiple - 1) // multiple * multiple
-    columns = []
-    level = image
-    width = slot_w
+    levels = [image]
     for _ in range(1, num_levels):
-        level = _halve(level)
-        width = width // 2
-        columns.append(F.pad(level, [0, width - level.shape[-1], 0, slot_h - level.shape[-2]], mode='replicate'))
-    bottom = torch.cat(columns, dim=-1)
-    top = F.pad(image, [0, slot_w - image.shape[-1], 0, 0])
-    return torch.cat([top, F.pad(bottom, [0, slot_w - bottom.shape[-1], 0, 0])], dim=-2), slot_w
+        levels.append(_halve(levels[-1]))
+    return levels
 
 
 def _read(texture: Tensor, points: Tensor) -> Tensor:
@@ -68,53 +60,35 @@ def _read(texture: Tensor, points: Tensor) -> Tensor:
 
     As one strip of ``N * P_h`` rows: expanding the image once a patch would take gigabytes.
     """
-    # On CPU, grid_sample's backward ends the process at a position that is not a number.
-    grid = torch.nan_to_num(points.flatten(1, 2))
+    grid = points.flatten(1, 2)
+    if points.requires_grad:  # on CPU, grid_sample's backward ends the process at a position that is not a number
+        grid = torch.nan_to_num(grid)
     strip = F.grid_sample(texture, grid, mode='bilinear', padding_mode='border', align_corners=False)
     return strip.reshape([points.shape[0], texture.shape[1]] + list(points.shape[1:4]))  # noqa: RUF005
 
 
-def _read_atlas(atlas: Tensor, slot_width: int, image_size: tuple[int, int], points: Tensor, level: Tensor) -> Tensor:
-    """Read integer levels ``(B, N, P_h | 1, P_w | 1)`` of an atlas at points ``(B, N, P_h, P_w, 2)``."""
-    scale = torch.exp2(-level)
-    x = (points[..., 0] + 1) * (image_size[1] / 2) * scale
-    y = (points[..., 1] + 1) * (image_size[0] / 2) * scale
-    # Positions clamp to the outermost texel centres of their level, so that neighbours in the atlas never bleed in.
-    x = torch.minimum(x.clamp(min=0.5), torch.ceil(image_size[1] * scale) - 0.5)
-    y = torch.minimum(y.clamp(min=0.5), torch.ceil(image_size[0] * scale) - 0.5)
-    x = x + slot_width * (1 - 2 * scale).clamp(min=0.0)  # the slots before level k sum to S (1 - 2^(1-k))
-    y = y + image_size[0] * level.clamp(max=1.0)
-    return _read(atlas, torch.stack([x * (2 / atlas.shape[-1]) - 1, y * (2 / atlas.shape[-2]) - 1], dim=-1))
+def sample_patches(pyramid: list[Tensor], points: Tensor, footprint: Tensor) -> Tensor:
+    """Sample patches, anti-aliased: `mip_pyramid`, ``(B, N, P_h, P_w, 2)`` -> ``(B, N, C, P_h, P_w)``.
 
-
-def sample_patches(image: Tensor, points: Tensor, footprint: Tensor, max_footprint: float) -> Tensor:
-    """Sample patches, anti-aliased: ``(B, C, H, W)``, ``(B, N, P_h, P_w, 2)`` -> ``(B, N, C, P_h, P_w)``.
+    Every level is read, rather than two of an atlas that holds them all: a level as coarse as a patch's footprint has
+    about as many pixels as the patches have samples, so that copying the image into an atlas takes longer.
 
     Args:
-        image: any floating dtype; it is read in that of ``points`` (float32), which holds both coordinates and pixels.
+        pyramid: of as many levels as `num_mip_levels` says, in the dtype of ``points`` (float32).
         points: (x, y) of every sample, normalised over pixel edges; outside the image its border pixels go on.
         footprint: source pixels per sample, for each patch or each sample: ``(B, N)`` or ``(B, N, P_h, P_w)``.
-        max_footprint: upper bound of ``footprint``, from shapes and bounds alone; it sets how many levels are built.
     """
-    image = image.to(points.dtype)
-    image_size = (image.shape[-2], image.shape[-1])
-    num_levels = num_mip_levels(max_footprint, image_size)
-    if num_levels == 1:
-        return _read(image, points).transpose(1, 2)
-
     if footprint.dim() == 2:
         footprint = footprint.unsqueeze(-1).unsqueeze(-1)
-    level = mip_level(footprint).clamp(max=float(num_levels - 1))
-    # Two levels, as at a full grid, need no atlas; and identity samples stay on their pixels to the last bits.
-    if num_levels == 2:
-        half = _halve(image)
-        ratio_w, ratio_h = image_size[1] / (2 * half.shape[-1]), image_size[0] / (2 * half.shape[-2])
-        x, y = points[..., 0] * ratio_w + (ratio_w - 1), points[..., 1] * ratio_h + (ratio_h - 1)
-        fine, coarse = _read(image, points), _read(half, torch.stack([x, y], dim=-1))
-        return torch.lerp(fine, coarse, level.unsqueeze(1)).transpose(1, 2)
-
-    atlas, slot_width = mip_atlas(image, num_levels)
-    finer = torch.floor(level.detach()).clamp(max=float(num_levels - 2))
-    fine = _read_atlas(atlas, slot_width, image_size, points, finer)
-    coarse = _read_atlas(atlas, slot_width, image_size, points, finer + 1)
-    return torch.lerp(fine, coarse, (level - finer).unsqueeze(1)).transpose(1, 2)
+    level = mip_level(footprint).unsqueeze(1)  # (B, 1, N, P_h | 1, P_w | 1)
+    height, width = pyramid[0].shape[-2], pyramid[0].shape[-1]
+    patches = _read(pyramid[0], points)
+    for k in range(1, len(pyramid)):
+        # How much of the image's sides a level has: all but for those that are no multiple of 2^k.
+        ratio_w, ratio_h = width / (pyramid[k].shape[-1] << k), height / (pyramid[k].shape[-2] << k)
+        at = points
+        if ratio_w < 1 or ratio_h < 1:
+            x, y = points[..., 0] * ratio_w + (ratio_w - 1), points[..., 1] * ratio_h + (ratio_h - 1)
+            at = torch.stack([x, y], dim=1).movedim(1, -1)  # as planes, see `timm_apvit.geometry.patch_points`
+        patches = torch.lerp(patches, _read(pyramid[k], at), (level - (k - 1)).clamp(0.0, 1.0))
+    return patches.transpose(1, 2)
