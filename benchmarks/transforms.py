@@ -10,30 +10,16 @@ import argparse
 import json
 import statistics
 import sys
-import time
 from pathlib import Path
 
 import timm
 import torch
 from environment import machine, versions
-from torch import nn
+from timing import keep_memory, quartiles, time_in_turns
 
 import timm_apvit
 
 REFERENCE = 'similarity'
-
-
-def time_in_turns(models: dict[str, nn.Module], image: torch.Tensor, rounds: int) -> dict[str, list[float]]:
-    """Seconds of a forward of each model in each round, after one that does not count."""
-    seconds: dict[str, list[float]] = {name: [] for name in models}
-    with torch.inference_mode():
-        for round_ in range(rounds + 1):
-            for name, model in models.items():
-                start = time.perf_counter()
-                model(image)
-                if round_ > 0:
-                    seconds[name].append(time.perf_counter() - start)
-    return seconds
 
 
 def main() -> None:
@@ -51,14 +37,14 @@ def main() -> None:
     for family in timm_apvit.TRANSFORMS:
         models[family] = timm.create_model(args.model, transform=family).eval()
     image = torch.randn(args.batch, 3, *models['ViT'].patch_embed.img_size)
-    seconds = time_in_turns(models, image, args.rounds)
+    with torch.inference_mode():
+        seconds = time_in_turns({name: lambda model=model: model(image) for name, model in models.items()}, args.rounds)
 
     rows = []
     for name, own in seconds.items():
-        ratios = [mine / reference for mine, reference in zip(own, seconds[REFERENCE], strict=True)]
-        quartiles = statistics.quantiles(ratios, n=4)
-        rows.append({'family': name, 'milliseconds': 1000 * statistics.median(own), 'ratio_quartiles': quartiles})
-        low, middle, high = quartiles
+        ratios = quartiles(own, seconds[REFERENCE])
+        rows.append({'family': name, 'milliseconds': 1000 * statistics.median(own), 'ratio_quartiles': ratios})
+        low, middle, high = ratios
         sys.stdout.write(
             f'{name:<18} {rows[-1]["milliseconds"]:>7.0f} ms   {middle:.3f} x {REFERENCE} ({low:.3f} to {high:.3f})\n'
         )
@@ -69,4 +55,5 @@ def main() -> None:
 
 
 if __name__ == '__main__':
+    keep_memory()
     main()

@@ -11,6 +11,8 @@ import torch
 BENCHMARKS = Path(__file__).parents[1] / 'benchmarks'
 sys.path.insert(0, str(BENCHMARKS))
 
+import sampling  # noqa: E402
+import speed  # noqa: E402
 import transforms  # noqa: E402
 from contestants import CONTESTANTS, VARIANTS, create_contestant  # noqa: E402
 from fashion import TASKS, CleanObjects, Crops, DistortedObjects, Distortion, load_fashion, load_task  # noqa: E402
@@ -172,16 +174,61 @@ def test_missing_files_are_named(tmp_path):
         load_fashion(tmp_path, train=True)
 
 
-def test_families_are_timed_in_turns(tmp_path, monkeypatch, capsys):
-    output = tmp_path / 'transforms.json'
-    arguments = ['--model', 'test_apvit', '--batch', '1', '--rounds', '3', '--output', str(output)]
-    monkeypatch.setattr(sys, 'argv', ['transforms.py', *arguments])
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """Run a benchmark's main with arguments, and return what it writes."""
     threads = torch.get_num_threads()
-    transforms.main()
+
+    def run_main(module, *arguments):
+        output = tmp_path / 'found.json'
+        monkeypatch.setattr(sys, 'argv', [module.__file__, *arguments, '--output', str(output)])
+        module.main()
+        return json.loads(output.read_text())
+
+    yield run_main
     torch.set_num_threads(threads)
-    rows = json.loads(output.read_text())['families']
+
+
+def test_families_are_timed_in_turns(run, capsys):
+    rows = run(transforms, '--model', 'test_apvit', '--batch', '1', '--rounds', '3')['families']
     assert [row['family'] for row in rows] == ['ViT', *timm_apvit.TRANSFORMS]
     reference = next(row for row in rows if row['family'] == transforms.REFERENCE)
     assert reference['ratio_quartiles'] == [1, 1, 1]
     assert all(row['milliseconds'] > 0 and row['ratio_quartiles'] == sorted(row['ratio_quartiles']) for row in rows)
     assert len(capsys.readouterr().out.splitlines()) == len(rows)
+
+
+def test_speed_is_that_of_two_references_and_the_parts_make_the_whole(run):
+    setting = ['--batches', '1', '--rounds', '3', '--modes', 'forward', 'train', '--parts']
+    rows = run(speed, '--models', 'apvit_tiny', '--tokens', '196', '49', *setting)['rows']
+    assert [(row['mode'], row['tokens']) for row in rows] == [(m, n) for m in ('forward', 'train') for n in (196, 49)]
+    for row in rows:
+        assert row['to_full'] == sorted(row['to_full'])
+        assert (row['to_few'] == row['to_full']) == (row['tokens'] == 196)
+        adds = row['multiply_adds']
+        assert 1 < adds['ours'] / adds.get('few', adds['full']) < 1.15
+        parts = row['parts']
+        assert min(parts.values()) > 0
+        assert max(parts, key=parts.get) == ('blocks' if row['mode'] == 'forward' else 'everything else')
+
+
+@pytest.mark.skipif(not Path('/proc/self/clear_refs').exists(), reason='Peak memory is measured on Linux only.')
+def test_sampling_is_held_against_other_ways_and_a_bound(run, monkeypatch):
+    setting = sampling.Sampling(8, 64, 128, 'cpu')
+    monkeypatch.setattr(sampling, 'memory', lambda way, args: sampling.peak(setting, way))
+    found = run(sampling, '--tokens', '64', '--source', '128', '--rounds', '2')
+    ways = {row['way']: row for row in found['ways']}
+    assert list(ways) == list(sampling.WAYS)
+    # An image each, but for pages that the process already had.
+    assert ways['expanded']['peak_mib'] > 0.8 * 8 * 64 * 128 * 128 * 3 * 4 / 2**20 > ways['package']['peak_mib']
+    for row in ways.values():
+        assert row['of_bound'] == pytest.approx(row['milliseconds'] / found['bound_milliseconds'])
+    assert ways['package']['package_is_faster_by'] == [1, 1, 1]
+
+
+def test_all_ways_of_sampling_take_the_same_patches_where_nothing_aliases():
+    setting = sampling.Sampling(2, 64, 16, 'cpu')  # each patch has more samples than pixels
+    with torch.inference_mode():
+        package, bilinear, expanded = (way(setting) for way in sampling.WAYS.values())
+    torch.testing.assert_close(package.flatten(0, 1), expanded, rtol=0, atol=1e-5)
+    torch.testing.assert_close(package.transpose(1, 2).flatten(2, 3), bilinear, rtol=0, atol=1e-5)

@@ -1,0 +1,174 @@
+"""How fast an APViT is: forward and training step, in turn with timm's own ViT.
+
+    python benchmarks/speed.py [--models apvit_small] [--tokens 196 98 49 16] [--sources 224 1024] [--batches 1 8 64]
+        [--modes forward train] [--dtypes float32 bfloat16] [--compile] [--channels-last] [--parts]
+
+Each is compared, in the same rounds, with the ViT at 196 tokens and with the ViT that has as many tokens, on an image
+of lower resolution. The median of the ratios counts, and their quartiles tell how far to trust it. The localisation
+network's last layers are random, not zero, so that patches do lie anywhere. `--parts` says where the time goes.
+
+On CPU it starts anew with an allocator that keeps freed memory (`timing.keep_memory`), unless `--system-allocator`:
+page faults would move either side by several percent, by chance.
+"""
+
+import argparse
+import itertools
+import json
+import statistics
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from cost import multiply_adds
+from environment import machine, versions
+from parts import time_parts
+from timing import keep_memory, quartiles, time_in_turns
+from torch import Tensor, nn
+
+import timm_apvit
+
+SIDE, PATCH = 224, 16
+FULL = (SIDE // PATCH) ** 2
+
+
+def main() -> None:
+    """Measure, print a table row by row, write JSON."""
+    options = parse_options()
+    torch.set_num_threads(options.threads)
+    rows = []
+    sys.stdout.write(f'{"":<62}{"ms":>8} {"/ ViT, 196 tokens":>26} {"/ ViT, as many tokens":>26}\n')
+    for case in cases(options):
+        rows.append(measure(case, options))
+        sys.stdout.write(shown(rows[-1]) + '\n')
+        sys.stdout.flush()
+    if options.output:
+        setting = {**versions(), **machine(options.threads), 'device': options.device, 'rounds': options.rounds}
+        report = {'command': ' '.join(sys.argv), **setting, 'system_allocator': options.system_allocator, 'rows': rows}
+        options.output.write_text(json.dumps(report, indent=1) + '\n')
+
+
+def parse_options() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add('--models', nargs='+', default=['apvit_tiny', 'apvit_small', 'apvit_base'], choices=timm.list_models('apvit*'))
+    add('--tokens', nargs='+', type=int, default=[FULL], help='numbers of patches')
+    add('--sources', nargs='+', type=int, default=[SIDE], help="sides of the APViT's images, in pixels")
+    add('--modes', nargs='+', default=['forward'], choices=['forward', 'train'])
+    add('--batches', nargs='+', type=int, default=[8])
+    add('--dtypes', nargs='+', default=['float32'], choices=['float32', 'bfloat16', 'float16'])
+    add('--compile', action='store_true', help='compile both sides')
+    add('--channels-last', action='store_true', help="both sides' weights and images")
+    add('--parts', action='store_true', help='also say where the time goes; not with --compile')
+    add('--device', default='cpu')
+    add('--threads', type=int, default=1)
+    add('--rounds', type=int, default=15)
+    add('--system-allocator', action='store_true', help="leave the C library's allocator as it is")
+    add('--output', type=Path)
+    options = parser.parse_args()
+    if options.parts and options.compile:
+        parser.error('expected --parts or --compile, got both')
+    return options
+
+
+def cases(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """All combinations of what was asked for."""
+    names = ('model', 'mode', 'dtype', 'batch', 'tokens', 'source')
+    values = (options.models, options.modes, options.dtypes, options.batches, options.tokens, options.sources)
+    for combination in itertools.product(*values):
+        yield dict(zip(names, combination, strict=True))
+
+
+def measure(case: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
+    """Time a case and its two ViTs, in turn."""
+    torch.manual_seed(0)
+    torch.compiler.reset()
+    name = timm_apvit.vit_name(case['model'])
+    # A layout of N patches has as many rows and columns as an image of this size.
+    rows, columns = timm_apvit.coords.layout_grid(timm_apvit.coords.resolve_layout(case['tokens'], (SIDE, SIDE)))
+    sizes = {'full': (SIDE, SIDE), 'few': (rows * PATCH, columns * PATCH)}
+    models = {'ours': randomised(timm.create_model(case['model'], num_patches=case['tokens']))}
+    images = {'ours': (case['source'], case['source'])}
+    for reference, size in sizes.items():
+        if reference == 'full' or size != sizes['full']:
+            models[reference], images[reference] = timm.create_model(name, img_size=size), size
+    added = {key: multiply_adds(model, torch.randn(1, 3, *images[key])).total() for key, model in models.items()}
+
+    made = {key: torch.randn(case['batch'], 3, *size, device=options.device) for key, size in images.items()}
+    if options.channels_last:
+        made = {key: image.contiguous(memory_format=torch.channels_last) for key, image in made.items()}
+        models = {key: model.to(memory_format=torch.channels_last) for key, model in models.items()}
+    steps = {key: step(model.to(options.device), made[key], case, options.compile) for key, model in models.items()}
+    seconds = time_in_turns(steps, options.rounds, options.device)
+    row = {
+        **case,
+        'compiled': options.compile,
+        'channels_last': options.channels_last,
+        'milliseconds': {key: 1000 * statistics.median(own) for key, own in seconds.items()},
+        'multiply_adds': added,
+        'to_full': quartiles(seconds['ours'], seconds['full']),
+        'to_few': quartiles(seconds['ours'], seconds.get('few', seconds['full'])),
+    }
+    if options.parts:
+        row['parts'] = time_parts(models['ours'], steps['ours'], options.rounds)
+    if options.device.startswith('cuda'):
+        row['peak_mib'] = {key: peak_memory(call, options.device) for key, call in steps.items()}
+    return row
+
+
+def randomised(model: nn.Module) -> nn.Module:
+    """An APViT whose patches lie anywhere within their bounds."""
+    for layer in model.patch_embed.patching.localizer.fields.values():
+        nn.init.normal_(layer.weight, std=0.3)
+    return model
+
+
+def step(model: nn.Module, image: Tensor, case: dict[str, Any], compiled: bool) -> Callable[[], None]:
+    """A forward in the dtype, or a forward and a backward under autocast to it."""
+    dtype, trains = getattr(torch, case['dtype']), case['mode'] == 'train'
+    model.train(trains)
+    run = torch.compile(model) if compiled else model
+    if not trains:
+        model.to(dtype)
+        image = image.to(dtype)
+
+        @torch.inference_mode()
+        def forward() -> None:
+            run(image)
+
+        return forward
+
+    def train() -> None:
+        with torch.autocast(image.device.type, dtype, enabled=dtype != torch.float32):
+            loss = run(image).float().square().mean()
+        loss.backward()
+        model.zero_grad()
+
+    return train
+
+
+def peak_memory(call: Callable[[], None], device: str) -> float:
+    """Peak of what a call allocates on a GPU, in MiB. On CPU, `cost.py` measures it in processes of their own."""
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    call()
+    return (torch.cuda.max_memory_allocated(device) - before) / 2**20
+
+
+def shown(row: dict[str, Any]) -> str:
+    """A row of the table; the parts below it, in milliseconds."""
+    how = f'{row["mode"]}{", compiled" * row["compiled"]}{", channels last" * row["channels_last"]}'
+    what = f'{row["model"]}, {row["tokens"]} of {row["source"]} px, batch {row["batch"]}, {row["dtype"]}, {how}'
+    ratios = (f'{m:.3f} ({low:.3f} to {high:.3f})' for low, m, high in (row['to_full'], row['to_few']))
+    lines = [f'{what:<62}{row["milliseconds"]["ours"]:>8.1f} ' + ' '.join(f'{ratio:>26}' for ratio in ratios)]
+    lines += [f'    {part:<20}{milliseconds:>8.2f}' for part, milliseconds in row.get('parts', {}).items()]
+    return '\n'.join(lines)
+
+
+if __name__ == '__main__':
+    if '--system-allocator' not in sys.argv:
+        keep_memory()
+    main()
