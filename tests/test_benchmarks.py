@@ -13,6 +13,7 @@ sys.path.insert(0, str(BENCHMARKS))
 
 import sampling  # noqa: E402
 import speed  # noqa: E402
+import startup  # noqa: E402
 import transforms  # noqa: E402
 from contestants import CONTESTANTS, VARIANTS, create_contestant  # noqa: E402
 from fashion import TASKS, CleanObjects, Crops, DistortedObjects, Distortion, load_fashion, load_task  # noqa: E402
@@ -232,3 +233,10 @@ def test_all_ways_of_sampling_take_the_same_patches_where_nothing_aliases():
         package, bilinear, expanded = (way(setting) for way in sampling.WAYS.values())
     torch.testing.assert_close(package.flatten(0, 1), expanded, rtol=0, atol=1e-5)
     torch.testing.assert_close(package.transpose(1, 2).flatten(2, 3), bilinear, rtol=0, atol=1e-5)
+
+
+def test_startup_is_that_of_a_fresh_process(run):
+    found = run(startup, '--model', 'apvit_tiny', '--processes', '1')
+    assert 0 < found['import_milliseconds'] < 1000
+    assert 0.5 < found['creation_to_vit'] < 2
+    assert len(found['runs']) == 1
