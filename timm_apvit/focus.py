@@ -10,10 +10,10 @@ import math
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from timm_apvit.coords import cell_centres, sample_grid
+from timm_apvit.deterministic import grid_sample
 from timm_apvit.geometry import inward_clamp
 from timm_apvit.layers import ScaleKeeping, ZeroConv, ZeroLinear, conv_norm_act
 
@@ -105,7 +105,7 @@ class FocusNetwork(ScaleKeeping):
         local = sample_grid((self.points, self.points), features.device)
         grid = rough[:, None, None, :2] + rough[:, None, None, 2:] * local
         # Beyond the image lies nothing: zeros say where it ends.
-        seen = F.grid_sample(features.float(), grid, padding_mode='zeros', align_corners=False)
+        seen = grid_sample(features.float(), grid, 'zeros')
         seen = self.reduce(seen.flatten(2).transpose(1, 2).to(features.dtype)).flatten(1)
         adjustment = torch.tanh(self.adjust(torch.cat([seen, context.squeeze(1)], dim=1)).float())
         adjustment = torch.cat([adjustment[:, :2] * self.max_shift, adjustment[:, 2:] * self.max_log_zoom], dim=1)

@@ -3,9 +3,9 @@
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from timm_apvit.deterministic import grid_sample, resize
 from timm_apvit.layers import ScaleKeeping, ZeroLinear, conv_norm_act
 
 
@@ -74,7 +74,7 @@ class Localizer(ScaleKeeping):
         """Look at ``(B, C, H, W)``: features ``(B, D, side / 4, side / 4)`` and context ``(B, 1, D)``."""
         dtype = self.from_feature.weight.dtype
         # Resized in float32: the anti-aliased kernel does not exist in half precision on CPU.
-        small = F.interpolate(image.float(), size=[self.side, self.side], mode='bilinear', antialias=True)
+        small = resize(image.float(), [self.side, self.side], 'bilinear')
         features = self.stem(small.to(dtype))
         return features, self.from_context(self.context(features)).unsqueeze(1)
 
@@ -94,7 +94,7 @@ class Localizer(ScaleKeeping):
         """
         dtype = features.dtype
         grid = anchor_centres.expand(features.shape[0], -1, -1).unsqueeze(1)
-        at_anchors = F.grid_sample(features.float(), grid, padding_mode='border', align_corners=False)
+        at_anchors = grid_sample(features.float(), grid)
         at_anchors = at_anchors.squeeze(2).transpose(1, 2).to(dtype)  # (B, N, D)
         place = torch.cat([anchor_centres, torch.log(anchor_extents)], dim=-1).to(dtype)
         hidden = self.mlp(self.from_feature(at_anchors) + context + self.from_anchor(place))

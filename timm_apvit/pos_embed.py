@@ -1,10 +1,10 @@
 """Position embeddings at free positions."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from timm_apvit.coords import cell_index
+from timm_apvit.deterministic import resize
 
 
 def _neighbours(coordinate: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -27,7 +27,7 @@ def resample_pos_embed(
     if grid_size[0] == new_grid_size[0] and grid_size[1] == new_grid_size[1]:
         return pos_embed
     grid = pos_embed[:, num_prefix_tokens:].float().reshape(1, grid_size[0], grid_size[1], -1).permute(0, 3, 1, 2)
-    grid = F.interpolate(grid, size=[new_grid_size[0], new_grid_size[1]], mode='bicubic', antialias=True)
+    grid = resize(grid, [new_grid_size[0], new_grid_size[1]], 'bicubic')
     resampled = grid.flatten(2).transpose(1, 2).to(pos_embed.dtype)
     return torch.cat([pos_embed[:, :num_prefix_tokens], resampled], dim=1)
 

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from timm_apvit.deterministic import grid_sample
+
 
 def mip_level(footprint: Tensor) -> Tensor:
     """Level to read for a footprint in source pixels per sample; any shape.
@@ -63,7 +65,7 @@ def _read(texture: Tensor, points: Tensor) -> Tensor:
     grid = points.flatten(1, 2)
     if points.requires_grad:  # on CPU, grid_sample's backward ends the process at a position that is not a number
         grid = torch.nan_to_num(grid)
-    strip = F.grid_sample(texture, grid, mode='bilinear', padding_mode='border', align_corners=False)
+    strip = grid_sample(texture, grid)
     return strip.reshape([points.shape[0], texture.shape[1]] + list(points.shape[1:4]))  # noqa: RUF005
 
 
