@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from timm_apvit.coords import cell_centres, sample_grid
 from timm_apvit.deterministic import grid_sample
 from timm_apvit.geometry import inward_clamp
-from timm_apvit.layers import ScaleKeeping, ZeroConv, ZeroLinear, conv_norm_act
+from timm_apvit.layers import Linear, ScaleKeeping, ZeroConv, ZeroLinear, conv_norm_act
 
 # The map is raised to this power before its moments are taken: attention has a floor that would pull them to the middle
 # of the image.
@@ -77,11 +77,11 @@ class FocusNetwork(ScaleKeeping):
         # A bias would move all cells alike, and change nothing.
         last = ZeroConv(width, 1, bias=False, **factory)
         self.saliency = nn.Sequential(conv_norm_act(width, width, 1, factory), last)
-        self.reduce = nn.Linear(width, width // 2, **factory)
+        self.reduce = Linear(width, width // 2, **factory)
         self.adjust = nn.Sequential(
-            nn.Linear(points**2 * (width // 2) + width, 2 * width, **factory),
+            Linear(points**2 * (width // 2) + width, 2 * width, **factory),
             nn.GELU(),
-            nn.Linear(2 * width, width, **factory),
+            Linear(2 * width, width, **factory),
             nn.GELU(),
             ZeroLinear(width, 3, **factory),
         )

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from timm_apvit.deterministic import grid_sample, resize
-from timm_apvit.layers import ScaleKeeping, ZeroLinear, conv_norm_act
+from timm_apvit.layers import Linear, ScaleKeeping, ZeroLinear, conv_norm_act
 
 
 class Localizer(ScaleKeeping):
@@ -53,13 +53,13 @@ class Localizer(ScaleKeeping):
             conv_norm_act(width, width, 2, factory),
             conv_norm_act(width, width, 2, factory),
             nn.Flatten(),
-            nn.Linear(width * (side // 16) ** 2, context, **factory),
+            Linear(width * (side // 16) ** 2, context, **factory),
             nn.GELU(),
         )
-        self.from_feature = nn.Linear(width, width, **factory)
-        self.from_context = nn.Linear(context, width, bias=False, **factory)
-        self.from_anchor = nn.Linear(4, width, bias=False, **factory)
-        self.mlp = nn.Sequential(nn.GELU(), nn.Linear(width, width, **factory), nn.GELU())
+        self.from_feature = Linear(width, width, **factory)
+        self.from_context = Linear(context, width, bias=False, **factory)
+        self.from_anchor = Linear(4, width, bias=False, **factory)
+        self.mlp = nn.Sequential(nn.GELU(), Linear(width, width, **factory), nn.GELU())
         self.fields = nn.ModuleDict({name: ZeroLinear(width, n, **factory) for name, n in fields.items()})
         self.init_weights()
 
@@ -72,8 +72,8 @@ class Localizer(ScaleKeeping):
 
     def look(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """Look at ``(B, C, H, W)``: features ``(B, D, side / 4, side / 4)`` and context ``(B, 1, D)``."""
-        dtype = self.from_feature.weight.dtype
-        # Resized in float32: the anti-aliased kernel does not exist in half precision on CPU.
+        # At least float32, also in half precision: where patches lie must not be rounded.
+        dtype = torch.promote_types(self.from_feature.weight.dtype, torch.float32)
         small = resize(image.float(), [self.side, self.side], 'bilinear')
         features = self.stem(small.to(dtype))
         return features, self.from_context(self.context(features)).unsqueeze(1)

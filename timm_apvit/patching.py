@@ -4,6 +4,7 @@ from typing import Any, Optional
 
 import torch
 from torch import Tensor, nn
+from torch.amp import is_autocast_available
 
 import timm_apvit.families  # noqa: F401  registers them
 from timm_apvit.coords import NumPatches, anchors, check_number, check_patch_size, resolve_layout, sample_grid
@@ -123,6 +124,15 @@ class AdaptivePatching(nn.Module):
             raise ValueError(f'expected an image of shape (B, {self.in_chans}, H, W), got {list(image.shape)}')
         if not image.is_floating_point():
             raise ValueError(f'expected a normalised floating-point image, got dtype {image.dtype}')
+        if not torch.jit.is_scripting():  # noqa: SIM102  TorchScript would compile what an `and` joins
+            # Where patches lie, and what is read there, is float32 whatever surrounds it.
+            if is_autocast_available(image.device.type) and torch.is_autocast_enabled(image.device.type):
+                with torch.autocast(image.device.type, enabled=False):
+                    return self._patches(image, layout)
+        return self._patches(image, layout)
+
+    def _patches(self, image: Tensor, layout: Optional[tuple[int, int]]) -> tuple[Tensor, PatchGeometry]:
+        """What `forward` returns, for an image that it accepts."""
         used = self.layout if layout is None else layout
         if not 1 <= used[1] <= used[0]:
             raise ValueError(f'expected a layout (N, rows) with 1 <= rows <= N, got ({used[0]}, {used[1]})')
