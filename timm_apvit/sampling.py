@@ -6,8 +6,6 @@ from the localisation network what lies between its samples. Patches are therefo
 no footprint exceeds one pixel.
 """
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -30,12 +28,12 @@ def mip_level(footprint: Tensor) -> Tensor:
 def num_mip_levels(max_footprint: float, image_size: tuple[int, int]) -> int:
     """How many levels footprints up to ``max_footprint`` can touch in an image ``(H, W)``; 1: no pyramid is needed."""
     tolerance = 1e-4  # a footprint of one pixel, but for rounding
-    if max_footprint <= 1 + tolerance:
-        return 1
-    level = math.log(max_footprint) / math.log(2.0)
-    highest = math.ceil(level - 0.5 * min(level, 1.0) - tolerance)
-    coarsest = math.ceil(math.log(max(image_size[0], image_size[1])) / math.log(2.0) - tolerance / 100)
-    return 1 + min(highest, coarsest)
+    num, side, threshold = 1, 1, 1 + tolerance
+    # Comparisons rather than a logarithm: a compiler must not tie what it compiles to the value of a rounded number.
+    while max_footprint > threshold and side < max(image_size[0], image_size[1]):
+        threshold = 2.0 ** (num + 0.5 + tolerance)  # above it `mip_level` exceeds ``num``
+        num, side = num + 1, 2 * side
+    return num
 
 
 def _halve(level: Tensor) -> Tensor:
