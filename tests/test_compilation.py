@@ -76,3 +76,12 @@ def test_focus_autocast_and_deterministic_algorithms_compile_into_a_graph_each(c
     finally:
         torch.use_deterministic_algorithms(False)
     assert counter.frame_count == 3
+
+
+def test_image_sizes_that_divide_into_as_many_mip_levels_share_a_graph(counter):
+    model = create(**KWARGS)
+    forward = compiled(model, counter)
+    for size in ((96, 128), (64, 112), (80, 96)):
+        image = torch.randn(2, 3, *size)
+        torch.testing.assert_close(forward(image), model(image), rtol=0, atol=1e-5)
+    assert counter.frame_count == 1

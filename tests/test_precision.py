@@ -58,6 +58,17 @@ def test_logits_of_every_family_err_no_more_than_the_vits(vit, inputs, dtype, au
     assert max(ratios.values()) <= LIMIT, ratios
 
 
+@pytest.mark.parametrize('transform', TRANSFORMS)
+def test_a_cast_model_may_keep_its_patching_in_float32(vit, inputs, transform):
+    model, image = adaptive(vit, transform), inputs['noise']
+    cast = copy.deepcopy(model).bfloat16()
+    cast.patch_embed.patching = model.patch_embed.patching
+    exact, own = logits(model, image), error(vit, image, torch.bfloat16, autocast=False)
+    with torch.no_grad():
+        difference = (cast(image.bfloat16()) - exact).square().mean().sqrt()
+    assert difference / exact.std(dim=1).square().mean().sqrt() <= LIMIT * own
+
+
 @pytest.mark.parametrize('kwargs', [{}, {'max_focus': 3.0}], ids=['', 'focus'])
 @pytest.mark.parametrize('dtype', HALF)
 @pytest.mark.parametrize('transform', TRANSFORMS)
