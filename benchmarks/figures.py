@@ -17,7 +17,7 @@ from skimage import data
 from timm_apvit.__main__ import main as timm_apvit
 from timm_apvit.figures import load_drawing
 from timm_apvit.finetuning.checkpoints import replacing, snapshots
-from timm_apvit.show import load_model
+from timm_apvit.finetuning.models import load_model
 from timm_apvit.visualize import animate_training, compare, plot_patches
 
 FIGURES = Path(__file__).parent / 'figures'

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 
 from timm_apvit import save_pretrained, show
 from timm_apvit.__main__ import main
+from timm_apvit.finetuning import models
 
 
 @pytest.fixture(scope='module')
@@ -109,12 +110,12 @@ def test_checkpoint_is_a_run_or_a_folder_or_on_the_hub(
     saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sources: list[Any] = []
-    monkeypatch.setattr(show, 'create_model', lambda options, *_, **__: sources.append(options.model))
+    monkeypatch.setattr(models, 'create_model', lambda options, *_, **__: sources.append(options.model))
     run = tmp_path / 'run'
     (run / 'best').mkdir(parents=True)
     (run / 'config.yaml').touch()
     for name in (str(run), str(saved), f'local-dir:{saved}', 'someone/apvit-birds', 'hf-hub:a/b', 'test_apvit'):
-        show.load_model(name)
+        models.load_model(name)
     assert sources == [
         f'local-dir:{run / "best"}', f'local-dir:{saved}', f'local-dir:{saved}',
         'hf-hub:someone/apvit-birds', 'hf-hub:a/b', 'test_apvit',

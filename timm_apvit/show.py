@@ -6,14 +6,12 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 
 from timm_apvit.figures import PANELS, load_drawing
-from timm_apvit.finetuning.checkpoints import BEST, CONFIG_FILE, LAST, first_line, replacing, snapshots
+from timm_apvit.finetuning.checkpoints import BEST, LAST, first_line, replacing, snapshots
 from timm_apvit.finetuning.failures import is_out_of_memory
-from timm_apvit.finetuning.models import check_registered, create_model
-from timm_apvit.finetuning.options import Options
+from timm_apvit.finetuning.models import load_model
 from timm_apvit.finetuning.parsing import number, parse_num_patches
 from timm_apvit.finetuning.preparation import checked_device
 from timm_apvit.vision_transformer import APViT
@@ -122,35 +120,6 @@ def check_outputs(given: dict[str, Any]) -> list[Path]:
     return outputs
 
 
-def load_model(name: str) -> APViT:
-    """Load the best model of a run, a saved one, one of the Hub, or a registered one with its pretrained weights.
-
-    Raises:
-        FileNotFoundError: there is no such folder.
-        ValueError: it is not an APViT or cannot be loaded.
-    """
-    path = Path(name)
-    if (path / CONFIG_FILE).is_file():
-        if not (path / BEST).is_dir():
-            raise FileNotFoundError(f'expected a run with a saved model, got {name!r}, which has none yet')
-        source = f'local-dir:{path / BEST}'
-    elif (path / 'config.json').is_file():
-        source = f'local-dir:{path}'
-    elif path.exists() and not timm.is_model(name):
-        what = f'which holds neither {CONFIG_FILE} nor config.json' if path.is_dir() else 'a file'
-        raise ValueError(f'expected the folder of a run or of a saved model, got {name!r}, {what}')
-    elif name.startswith('local-dir:') and not Path(name.partition(':')[2]).is_dir():
-        raise FileNotFoundError(f'expected a folder with a model, got {name!r}')
-    elif name.count('/') == 1 and ':' not in name and not name.startswith(('.', '/', '~')):
-        source = f'hf-hub:{name}'
-    else:
-        source = name
-        check_registered(name, 'apvit_*')
-        if ':' not in name:
-            _check_apvit(name)
-    return create_model(Options(model=source, pretrained=True), None, weights=True)
-
-
 def draw(model: APViT, given: dict[str, Any]) -> dict[Path, bytes]:
     """Draw what the options ask for: the files as bytes, by their paths.
 
@@ -190,14 +159,6 @@ def _snapshots(name: str) -> dict[str, Path]:
     if len(found) <= len({(Path(name) / link).resolve() for link in (BEST, LAST)}):
         return {}
     return dict(found[round(n * (len(found) - 1) / (frames - 1))] for n in range(frames))
-
-
-def _check_apvit(name: str) -> None:
-    """Raise ValueError unless a registered model is an APViT, before its weights are looked for."""
-    with torch.device('meta'):
-        model = timm.create_model(name)
-    if not isinstance(model, APViT):
-        raise ValueError(f'expected an APViT, got {name!r}, which is a {type(model).__name__}')
 
 
 def _parse_panels(text: str) -> tuple[str, ...]:

@@ -22,7 +22,7 @@ from timm_apvit.finetuning.data import Splits, some_samples
 from timm_apvit.finetuning.data_options import DATA_HELP, DataOptions, add_data_arguments
 from timm_apvit.finetuning.evaluation import autocast, evaluate
 from timm_apvit.finetuning.failures import explain
-from timm_apvit.finetuning.models import classes_of_checkpoint, create_model
+from timm_apvit.finetuning.models import create_model, load_weights
 from timm_apvit.finetuning.options import Options
 from timm_apvit.finetuning.parsing import Budget, count, format_budget, number, parse_num_patches
 from timm_apvit.finetuning.preparation import checked_device
@@ -141,13 +141,7 @@ def _load_model(name: str, checkpoint: str | None) -> APViT:
         if not timm.is_model(name.partition('.')[0]) and Path(name).is_dir():
             raise ValueError(f"expected a run's folder, which holds {CONFIG_FILE}, or local-dir:{name}, got {name!r}")
         return create_model(Options(model=name, pretrained=True), None, weights=True)
-    if ':' in name:
-        raise ValueError(f'expected a registered model with --checkpoint, got {name!r}, which has weights of its own')
-    classes = classes_of_checkpoint(checkpoint)
-    if classes == 0:
-        raise ValueError(f'expected weights with a classifier, got {checkpoint}, which has none')
-    overlay = {} if classes is None else {'num_classes': classes}
-    return create_model(Options(model=name, checkpoint=checkpoint), classes, weights=True, overlay=overlay)
+    return load_weights(name, checkpoint)
 
 
 def _check_classes(model: APViT, splits: Splits) -> None:

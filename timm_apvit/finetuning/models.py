@@ -6,10 +6,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import timm
+import torch
 from safetensors import safe_open
 from timm.models import load_state_dict
 
-from timm_apvit.finetuning.checkpoints import first_line
+from timm_apvit.finetuning.checkpoints import BEST, CONFIG_FILE, first_line
 from timm_apvit.finetuning.options import Options
 from timm_apvit.finetuning.parsing import count
 from timm_apvit.vision_transformer import APViT
@@ -91,11 +92,64 @@ def create_model(
     return model
 
 
+def load_model(name: str) -> APViT:
+    """Load the best model of a run, a saved one, one of the Hub, or a registered one with its pretrained weights.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+        ValueError: it is not an APViT or cannot be loaded.
+    """
+    path = Path(name)
+    if (path / CONFIG_FILE).is_file():
+        if not (path / BEST).is_dir():
+            raise FileNotFoundError(f'expected a run with a saved model, got {name!r}, which has none yet')
+        source = f'local-dir:{path / BEST}'
+    elif (path / 'config.json').is_file():
+        source = f'local-dir:{path}'
+    elif path.exists() and not timm.is_model(name):
+        what = f'which holds neither {CONFIG_FILE} nor config.json' if path.is_dir() else 'a file'
+        raise ValueError(f'expected the folder of a run or of a saved model, got {name!r}, {what}')
+    elif name.startswith('local-dir:') and not Path(name.partition(':')[2]).is_dir():
+        raise FileNotFoundError(f'expected a folder with a model, got {name!r}')
+    elif name.count('/') == 1 and ':' not in name and not name.startswith(('.', '/', '~')):
+        source = f'hf-hub:{name}'
+    else:
+        source = name
+        check_registered(name, 'apvit_*')
+        if ':' not in name:
+            _check_apvit(name)
+    return create_model(Options(model=source, pretrained=True), None, weights=True)
+
+
+def load_weights(name: str, checkpoint: str) -> APViT:
+    """Create a registered model with the weights in a file, and as many classes as these have.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is not an APViT or cannot be loaded.
+    """
+    if ':' in name:
+        raise ValueError(f'expected a registered model with --checkpoint, got {name!r}, which has weights of its own')
+    classes = classes_of_checkpoint(checkpoint)
+    if classes == 0:
+        raise ValueError(f'expected weights with a classifier, got {checkpoint}, which has none')
+    overlay = {} if classes is None else {'num_classes': classes}
+    return create_model(Options(model=name, checkpoint=checkpoint), classes, weights=True, overlay=overlay)
+
+
 def check_registered(name: str, examples: str) -> None:
     """Raise ValueError unless timm knows a model of this name, or where to look for it."""
     if ':' not in name and not timm.is_model(name.partition('.')[0]):
         models = ', '.join(sorted(timm.list_models(examples)))
         raise ValueError(f'expected a registered model, such as {models}, got {name!r}')
+
+
+def _check_apvit(name: str) -> None:
+    """Raise ValueError unless a registered model is an APViT, before its weights are looked for."""
+    with torch.device('meta'):
+        model = timm.create_model(name)
+    if not isinstance(model, APViT):
+        raise ValueError(f'expected an APViT, got {name!r}, which is a {type(model).__name__}')
 
 
 def classes_of_checkpoint(path: str) -> int | None:
