@@ -10,6 +10,7 @@ from timm_apvit import __version__
 from timm_apvit.completion import add_completion_argument
 from timm_apvit.finetuning.command import finetune
 from timm_apvit.finetuning.evaluate import add_evaluate_arguments, evaluate_command
+from timm_apvit.finetuning.export import add_export_arguments, export_command
 from timm_apvit.finetuning.options import add_arguments
 from timm_apvit.finetuning.push import add_push_arguments, push_command
 from timm_apvit.script import add_run_arguments, run_command
@@ -20,6 +21,7 @@ COMMANDS = (
     ('finetune', 'fine-tune a model on images, or on embedded digits', add_arguments, finetune),
     ('evaluate', 'measure accuracy and speed by number of patches', add_evaluate_arguments, evaluate_command),
     ('show', 'draw where a model looks in images', add_show_arguments, show_command),
+    ('export', 'export a model to ONNX or torch.export, and check it', add_export_arguments, export_command),
     ('push', 'push a model to the Hugging Face Hub, with a card', add_push_arguments, push_command),
     ('run', "run a script, such as timm's train.py, with our models", add_run_arguments, run_command),
 )
