@@ -11,6 +11,7 @@ import torch
 BENCHMARKS = Path(__file__).parents[1] / 'benchmarks'
 sys.path.insert(0, str(BENCHMARKS))
 
+import int8  # noqa: E402
 import sampling  # noqa: E402
 import speed  # noqa: E402
 import startup  # noqa: E402
@@ -19,6 +20,7 @@ from contestants import CONTESTANTS, VARIANTS, create_contestant  # noqa: E402
 from fashion import TASKS, CleanObjects, Crops, DistortedObjects, Distortion, load_fashion, load_task  # noqa: E402
 
 import timm_apvit  # noqa: E402
+from timm_apvit.__main__ import main  # noqa: E402
 from timm_apvit.finetuning.clutter import Clutter, ClutteredObjects  # noqa: E402
 
 
@@ -240,3 +242,15 @@ def test_startup_is_that_of_a_fresh_process(run):
     assert 0 < found['import_milliseconds'] < 1000
     assert 0.5 < found['creation_to_vit'] < 2
     assert len(found['runs']) == 1
+
+
+def test_int8_is_measured_on_a_runs_own_test_images(run, tmp_path):
+    sizes = {'img-size': 32, 'num-patches': 4, 'epochs': 1, 'samples': 8, 'test-samples': 20, 'batch-size': 2}
+    options = [word for name, value in sizes.items() for word in (f'--{name}', str(value))]
+    trained = str(tmp_path / 'trained')
+    assert main(['finetune', '--output', trained, '--no-twin', '--device', 'cpu', '--threads', '1', *options]) == 0
+    exact, rounded = run(int8, trained, '--speed-of', 'test_apvit', '--num-patches', '4', '--rounds', '1')['rows']
+    assert exact['images'] == rounded['images'] == 20
+    assert exact['loss'] == pytest.approx(rounded['loss'], abs=0.1)
+    assert exact['loss'] != rounded['loss']
+    assert rounded['mebibytes'] < 0.7 * exact['mebibytes']

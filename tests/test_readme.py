@@ -23,7 +23,7 @@ COMMANDS = re.findall(r'^ {4}.*?\bpython -m timm_apvit ((?:.*\\\n)*.*)', README.
 
 # What goes to the Hub is run in test_hub.
 @pytest.mark.filterwarnings('ignore:::lightning')
-@pytest.mark.parametrize('block', [block for block in BLOCKS if 'push_to_hub' not in block], ids=range(8))
+@pytest.mark.parametrize('block', [block for block in BLOCKS if 'push_to_hub' not in block], ids=range(9))
 def test_snippets_run(block, tmp_path, monkeypatch):
     """As they stand, but for the weights, which would come from the Hub."""
     for library in re.findall(r'^(?:import|from) (\w+)', block, re.M):

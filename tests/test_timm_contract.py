@@ -8,6 +8,7 @@ import pytest
 import timm
 import torch
 from conftest import create, randomise, relative, vit_and_apvit
+from timm.models import create_feature_extractor
 from timm.optim import create_optimizer_v2, param_groups_layer_decay
 from torch import nn
 
@@ -226,3 +227,21 @@ def test_no_state_is_left_by_a_forward():
     before = {name: set(vars(module)) for name, module in model.named_modules()}
     model(image)
     assert {name: set(vars(module)) for name, module in model.named_modules()} == before
+
+
+@pytest.mark.filterwarnings('ignore::torch.jit.TracerWarning')
+def test_traced_is_eager_at_any_batch():
+    model = create(transform='tps', num_classes=3, num_patches=9, img_size=96)
+    with torch.no_grad():  # patches are read otherwise where gradients are asked for
+        traced = torch.jit.trace(model, torch.randn(2, 3, 96, 96))
+    image = torch.randn(5, 3, 96, 96)
+    torch.testing.assert_close(traced(image), model(image), rtol=0, atol=1e-5)
+
+
+def test_feature_extractor_of_fx_gives_the_tokens_after_blocks():
+    model, image = create(num_patches=7, depth=3), torch.randn(2, 3, 96, 96)
+    found = create_feature_extractor(model, {'blocks.0': 'first', 'blocks.2': 'last'})(image)
+    expected = model.forward_intermediates(image, indices=[0, 2], output_fmt='NLC', intermediates_only=True)
+    assert list(found) == ['first', 'last']
+    for tokens, own in zip(found.values(), expected, strict=True):
+        torch.testing.assert_close(tokens[:, model.num_prefix_tokens :], own, rtol=0, atol=1e-5)
