@@ -230,12 +230,14 @@ def test_no_state_is_left_by_a_forward():
 
 
 @pytest.mark.filterwarnings('ignore::torch.jit.TracerWarning')
-def test_traced_is_eager_at_any_batch():
-    model = create(transform='tps', num_classes=3, num_patches=9, img_size=96)
-    with torch.no_grad():  # patches are read otherwise where gradients are asked for
-        traced = torch.jit.trace(model, torch.randn(2, 3, 96, 96))
+@pytest.mark.parametrize('grad', [False, True])
+@pytest.mark.parametrize('transform', ['scale', 'tps'])
+def test_traced_is_eager_at_any_batch_and_can_be_saved(transform, grad, tmp_path):
+    model = create(transform=transform, num_classes=3, num_patches=9, img_size=96)
+    with torch.set_grad_enabled(grad):
+        torch.jit.trace(model, torch.randn(2, 3, 96, 96)).save(tmp_path / 'traced.pt')
     image = torch.randn(5, 3, 96, 96)
-    torch.testing.assert_close(traced(image), model(image), rtol=0, atol=1e-5)
+    torch.testing.assert_close(torch.jit.load(tmp_path / 'traced.pt')(image), model(image), rtol=0, atol=1e-5)
 
 
 def test_feature_extractor_of_fx_gives_the_tokens_after_blocks():

@@ -109,7 +109,8 @@ class FocusNetwork(ScaleKeeping):
         seen = self.reduce(seen.flatten(2).transpose(1, 2).to(features.dtype)).flatten(1)
         adjustment = torch.tanh(self.adjust(torch.cat([seen, context.squeeze(1)], dim=1)).float())
         adjustment = torch.cat([adjustment[:, :2] * self.max_shift, adjustment[:, 2:] * self.max_log_zoom], dim=1)
-        window = adjusted_window(rough, adjustment, max_focus)
+        # The map gets no gradient, but a zero: DistributedDataParallel waits for one from every parameter.
+        window = adjusted_window(rough, adjustment, max_focus) + 0 * saliency.mean()
         return Focus(saliency, summary, rough, adjustment, window.detach() if self.taught else window)
 
 

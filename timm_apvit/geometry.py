@@ -133,7 +133,7 @@ def inward_clamp(x: Tensor, low: Tensor, high: Tensor) -> Tensor:
     A plain clamp passes nothing to what lies outside, and minimum / maximum half at a tie: a border patch, which starts
     exactly at its bound, would never move.
     """
-    if torch.jit.is_scripting():
+    if torch.jit.is_scripting() or torch.jit.is_tracing():  # type: ignore[no-untyped-call]
         # TorchScript has no gradients of our own: there, those that lead outwards pass as well.
         value = torch.where(x < low, low, torch.where(x > high, high, x))
         return value + torch.where((x < low) | (x > high), x - x.detach(), torch.zeros_like(x))

@@ -61,7 +61,8 @@ def _read(texture: Tensor, points: Tensor) -> Tensor:
     As one strip of ``N * P_h`` rows: expanding the image once a patch would take gigabytes.
     """
     grid = points.flatten(1, 2)
-    if points.requires_grad:  # on CPU, grid_sample's backward ends the process at a position that is not a number
+    # On CPU, grid_sample's backward ends the process at a position that is not a number.
+    if points.requires_grad or torch.jit.is_tracing():  # type: ignore[no-untyped-call]
         grid = torch.nan_to_num(grid)
     strip = grid_sample(texture, grid)
     return strip.reshape([points.shape[0], texture.shape[1]] + list(points.shape[1:4]))  # noqa: RUF005
@@ -91,7 +92,7 @@ def sample_patches(pyramid: list[Tensor], points: Tensor, footprint: Tensor) -> 
             x, y = points[..., 0] * ratio_w + (ratio_w - 1), points[..., 1] * ratio_h + (ratio_h - 1)
             at = torch.stack([x, y], dim=1).movedim(1, -1)  # as planes, see `timm_apvit.geometry.patch_points`
         coarser, share = _read(pyramid[k], at), (level - (k - 1)).clamp(0.0, 1.0)
-        if patches.requires_grad or coarser.requires_grad:
+        if patches.requires_grad or coarser.requires_grad or torch.jit.is_tracing():  # type: ignore[no-untyped-call]
             patches = torch.lerp(patches, coarser, share)
         else:
             patches.lerp_(coarser, share)  # a quarter less memory

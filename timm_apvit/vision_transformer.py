@@ -54,7 +54,7 @@ class APViT(VisionTransformer):  # type: ignore[misc]
         max_warp: of ``'tps'``: how far each of 4 x 4 control points may move, in half-extents of the patch.
         max_focus: largest factor by which the anchors as a whole close in on what matters in the image; 1: they tile
             the image; at most 5. What matters is learnt from labels and attention by the fine-tuning command, and by no
-            other training: to PyTorch's DistributedDataParallel these parameters are unused.
+            other training.
         kwargs: those of timm's ``VisionTransformer``, and further bounds of a family of your own.
 
     Attributes:
