@@ -13,7 +13,6 @@ of some processes, those of both sides in turn.
 import argparse
 import copy
 import json
-import platform
 import statistics
 import subprocess
 import sys
@@ -23,11 +22,12 @@ from typing import Any
 
 import timm
 import torch
-from environment import versions
+from environment import machine, versions
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 import timm_apvit
+from timm_apvit.sampling import mip_pyramid
 
 _aten = torch.ops.aten
 _FREE = {'empty', 'zeros', 'ones', 'full', 'arange', 'copy_', '_to_copy', 'clone', 'cat', 'stack', 'detach', 'index'}
@@ -74,17 +74,19 @@ def added_multiply_adds(name: str) -> dict[str, Any]:
     image = torch.randn(1, 3, 224, 224)
     ours, theirs = multiply_adds(model, image), multiply_adds(vit, image)
     centres, extents = torch.zeros(196, 2), torch.ones(196, 2)
-    with torch.no_grad(), Counted() as localizer:
-        localizer = model.patch_embed.patching.localizer
-        localizer(*localizer.look(image), centres, extents)
+    localizer = model.patch_embed.patching.localizer
+    level = localizer.level((224, 224))
+    seen = mip_pyramid(image, level + 1)[level]
+    with torch.no_grad(), Counted() as counted:
+        localizer(*localizer.look(seen), centres, extents)
     added = ours.total() - theirs.total()
     return {
         'model': name,
         'vit': theirs.total(),
         'added': added,
         'percent': 100 * added / theirs.total(),
-        'localiser': localizer.counts.total(),
-        'sampling': ours['grid_sampler_2d'] - localizer.counts['grid_sampler_2d'],
+        'localiser': counted.counts.total(),
+        'sampling': ours['grid_sampler_2d'] - counted.counts['grid_sampler_2d'],
     }
 
 
@@ -150,8 +152,7 @@ def main() -> None:
         lines.append(f'{m["model"]:<11} {cells[0]}   {cells[1]}')
     sys.stdout.write('\n'.join(lines) + '\n')
     if args.output:
-        machine = {'machine': platform.platform(), 'processor': platform.machine(), 'python': platform.python_version()}
-        report = {'command': sys.argv, **versions(), **machine, 'multiply_adds': cost, 'memory': memory}
+        report = {'command': ' '.join(sys.argv), **versions(), **machine(1), 'multiply_adds': cost, 'memory': memory}
         args.output.write_text(json.dumps(report, indent=2) + '\n')
 
 

@@ -54,9 +54,10 @@ def train(photographs: dict[str, NDArray[np.uint8]], weights: Path, run: Path, t
                 crop(photograph, generator).save(folder / split / name / f'{n:03d}.png')
     status = timm_apvit(
         ['finetune', str(folder), '--model', 'apvit_small', '--checkpoint', str(weights), '--img-size', str(SIDE),
-         '--model-kwargs', 'patch_size=14', 'init_values=1e-5', '--num-patches', '8x8', '--teacher', 'self',
-         '--distill-weight', '0', '--attention-weight', '1', '--localizer-lr-scale', '10', '--epochs', '4',
-         '--batch-size', '16', '--workers', '0', '--threads', str(threads), '--snapshots', '--output', str(run)]
+         '--model-kwargs', 'patch_size=14', 'init_values=1e-5', 'max_shift=2', '--num-patches', '8x8',
+         '--teacher', 'self', '--distill-weight', '0', '--attention-weight', '3', '--localizer-lr-scale', '10',
+         '--epochs', '6', '--batch-size', '16', '--workers', '0', '--threads', str(threads),
+         '--snapshots', '--output', str(run)]
     )  # fmt: skip
     if status:
         raise SystemExit(status)
@@ -75,7 +76,7 @@ def crop(photograph: NDArray[np.uint8], generator: np.random.Generator) -> Image
 
 def draw(photographs: dict[str, NDArray[np.uint8]], run: Path, output: Path) -> None:
     """Draw the figures of a run."""
-    model = load_model(str(run))
+    model = load_model(str(run / 'last'))  # rather than the best: that is the first, which knows all classes already
     images, names = list(photographs.values()), list(photographs)
     models = ((epoch, load_model(str(folder))) for epoch, folder in snapshots(run).items())
     as_file = load_drawing().file_bytes

@@ -11,6 +11,7 @@ import torch
 BENCHMARKS = Path(__file__).parents[1] / 'benchmarks'
 sys.path.insert(0, str(BENCHMARKS))
 
+import cost  # noqa: E402
 import int8  # noqa: E402
 import sampling  # noqa: E402
 import speed  # noqa: E402
@@ -254,3 +255,9 @@ def test_int8_is_measured_on_a_runs_own_test_images(run, tmp_path):
     assert exact['loss'] == pytest.approx(rounded['loss'], abs=0.1)
     assert exact['loss'] != rounded['loss']
     assert rounded['mebibytes'] < 0.7 * exact['mebibytes']
+
+
+def test_cost_is_that_of_the_localiser_and_the_sampling_above_all():
+    added = cost.added_multiply_adds('apvit_tiny')
+    assert 0 < added['added'] < 0.03 * added['vit']
+    assert 0.9 * added['added'] < added['localiser'] + added['sampling'] < 1.1 * added['added']
