@@ -175,9 +175,12 @@ class UploadHandler(HubRequestHandler):
 
     def validate_card(self) -> None:
         """Say what is wrong with the front matter of a card."""
-        errors = [{'message': problem} for problem in problems_of_card(json.loads(self.body)['content'])]
-        status = HTTPStatus.BAD_REQUEST if errors else HTTPStatus.OK
-        self.send_json({'errors': errors, 'warnings': []}, status)
+        problems = problems_of_card(json.loads(self.body)['content'])
+        status = HTTPStatus.BAD_REQUEST if problems else HTTPStatus.OK
+        if self.headers['Accept'] == 'text/plain':
+            self.send_body(status, '\n'.join(f'- Error: {problem}' for problem in problems).encode(), {})
+        else:
+            self.send_json({'errors': [{'message': problem} for problem in problems], 'warnings': []}, status)
 
     def say_how_to_upload(self, repository: str, revision: str) -> None:
         """Say which files are large."""

@@ -1,5 +1,6 @@
 """What a model card says of a model, and that the Hub can read it."""
 
+import math
 import re
 
 import pytest
@@ -10,7 +11,7 @@ from hub_uploads import front_matter, problems_of_card
 from huggingface_hub import ModelCard
 
 from timm_apvit import CardDetails
-from timm_apvit.card import model_card, results_table
+from timm_apvit.card import model_card, results_table, with_origin
 
 VIT = 'timm/vit_small_patch16_224.augreg_in21k_ft_in1k'
 ROWS = [
@@ -83,6 +84,19 @@ def test_model_is_not_its_own_source():
     assert front_matter(model_card(model, 'me/next'))['base_model'] == 'me/model'
 
 
+def test_next_version_has_the_source_and_the_license_of_the_last():
+    model = create()
+    model.base_model = 'me/model'
+    model.pretrained_cfg['license'] = 'mit'
+    assert front_matter(model_card(model, 'me/model'))['license'] == 'mit'
+    details = with_origin(model, 'me/model', CardDetails(), lambda: VIT)
+    assert (details.base_model, details.license) == (VIT, 'apache-2.0')
+    details = with_origin(model, 'me/model', CardDetails(), lambda: 'me/older')
+    assert (details.base_model, details.license) == ('me/older', 'mit')
+    # Other weights than the model was pulled with have another license.
+    assert with_origin(model, 'me/model', CardDetails(base_model='me/other')).license is None
+
+
 def test_table_has_a_line_for_each_budget():
     table = results_table(RESULTS, 'Birds')
     assert table.splitlines() == [
@@ -148,12 +162,17 @@ def test_facts_are_those_of_the_model():
     assert f'| parameters | {million:.1f} M |' in facts
 
 
-@pytest.mark.parametrize(
-    'results', [[], {}, {'rows': []}, {'rows': [{}]}, {'rows': [{'top1': 'high', 'budget': '4', 'num_patches': 4}]}]
-)
+@pytest.mark.parametrize('results', [[], {}, {'rows': []}, {'rows': [{}]}, {'rows': [{'top1': 0.5, 'budget': '4'}]}])
 def test_rejects_results_without_accuracies(results):
     with pytest.raises(ValueError, match=r'^expected (results with rows|rows with budget)'):
         CardDetails(results=results)
+
+
+@pytest.mark.parametrize('change', [{'top1': math.nan}, {'top5': math.inf}, {'loss': math.nan}, {'top5': 'high'}])
+def test_rejects_results_that_are_no_finite_numbers(change):
+    ((key, value),) = change.items()
+    with pytest.raises(ValueError, match=f'expected rows with finite numbers, got {key}={value!r} at 2x8 patches'):
+        CardDetails(results={'rows': [ROWS[0], {**ROWS[1], **change}]})
 
 
 def test_rejects_a_picture_that_is_not_there(tmp_path):

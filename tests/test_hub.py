@@ -5,14 +5,12 @@ import json
 from types import SimpleNamespace
 
 import pytest
-import timm
 import torch
 from conftest import create
 from hub_server import create_models, serve
 from hub_uploads import WritableHub, front_matter, run_client
 
 import timm_apvit
-from timm_apvit.hub import push_folder
 
 FILES = {'model.safetensors', 'config.json', 'README.md'}
 NAMES = ['bird', 'cat', 'dog', 'emu', 'fox', 'gnu', 'hen']
@@ -22,18 +20,17 @@ SHAPE = [2, 3, 96, 128]
 PUSH = """
 import json, sys, time
 import timm, timm_apvit
-from timm_apvit.hub import push_folder
 
 time.sleep = lambda seconds: None  # huggingface_hub waits between its retries
 results = {}
 for name, (source, repo_id, options) in json.loads(sys.argv[1]).items():
+    if (card := options.pop('card', None)) is not None:
+        options['card'] = timm_apvit.CardDetails(**card)
     try:
         if options.pop('as_folder', False):
-            pushed = push_folder(source, repo_id, **options)
+            pushed = timm_apvit.push_to_hub(source, repo_id, **options)
         else:
             model = timm.create_model(f'local-dir:{source}', pretrained=True)
-            if (card := options.pop('card', None)) is not None:
-                options['card'] = timm_apvit.CardDetails(**card)
             pushed = timm_apvit.push_to_hub(model, repo_id, **options)
         results[name] = pushed._asdict()
     except Exception as error:
@@ -98,6 +95,8 @@ def hub(saved, tmp_path_factory):
         'short name': (first, 'short', {'as_folder': True}),
         'renamed': (first, 'me/renamed', {'label_names': [name.upper() for name in NAMES]}),
         'refused card': (first, 'me/refused', {'card': {'license': 'my own'}}),
+        'refused base': (first, 'refused', {'card': {'base_model': 'not a repo!!'}, 'as_folder': True}),
+        'empty token': (first, 'me/tokenless', {'token': ''}),
         'no right': (first, 'you/other', {}),
         'wrong token': (first, 'me/wrong', {'token': 'hf_wrong'}),
         'no creation': (first, 'me/failing-creation', {}),
@@ -209,14 +208,15 @@ def test_private_repository_is_private_and_a_public_one_is_refused(hub):
 def test_rejects_pushes_by_what_failed(hub):
     errors = {name: result['error'] for name, result in hub.results.items() if 'error' in result}
     assert errors.keys() == {
-        'public', 'refused card', 'no right', 'wrong token', 'no creation', 'no commit', 'hangs up',
+        'public', 'refused card', 'refused base', 'no right', 'wrong token', 'no creation', 'no commit', 'hangs up',
     }  # fmt: skip
     assert '"license" is not valid' in errors['refused card']
-    assert errors['refused card'].startswith('ValueError')
-    for name, status in (('wrong token', 401), ('no right', 403)):
-        assert errors[name].startswith('PermissionError: expected a token that lets us write to ')
-        assert str(status) in errors[name]
-        assert 'hf auth login or set HF_TOKEN' in errors[name]
+    assert '"base_model" is not valid' in errors['refused base']
+    for name in ('refused card', 'refused base'):
+        assert errors[name].startswith('ValueError: expected a model card that the Hub takes, got one of which it says')
+    assert errors['wrong token'].startswith('PermissionError: expected a token that lets us write to me/wrong')
+    assert 'hf auth login or set HF_TOKEN' in errors['wrong token']
+    assert errors['no right'] == ("PermissionError: expected a repository of me, whose token it is, got 'you/other'")
     for name in ('no creation', 'no commit'):
         assert errors[name].startswith(f'ConnectionError: the Hub did not take me/failing-{name[3:]}')
         assert '500' in errors[name]
@@ -227,7 +227,8 @@ def test_rejects_pushes_by_what_failed(hub):
 
 def test_failed_push_leaves_no_half_model_on_the_hub(hub):
     assert 'me/failing-creation' not in hub.server.repositories
-    for name in ('me/failing-commit', 'me/lost', 'me/refused'):
+    assert not {'me/refused', 'you/other'} & hub.server.repositories.keys()
+    for name in ('me/failing-commit', 'me/lost'):
         assert set(hub.server.repositories[name]) == {'.gitattributes'}
 
 
@@ -259,36 +260,3 @@ def test_interrupted_download_leaves_no_half_written_checkpoint(saved, tmp_path)
         assert torch.equal(create_models(server, tmp_path, call)['model']['logits'], logits(saved.models['first']))
         whole = [path.read_bytes() for path in tmp_path.rglob('model.safetensors')]
         assert whole == [files['model.safetensors']]
-
-
-def test_labels_of_other_classes_are_dropped(saved, tmp_path):
-    model = timm.create_model(f'local-dir:{saved.folder / "first"}', pretrained=True)
-    timm_apvit.save_pretrained(model, tmp_path / 'same')
-    assert timm.create_model(f'local-dir:{tmp_path / "same"}', pretrained=True).pretrained_cfg['label_names'] == NAMES
-    model.reset_classifier(3)
-    timm_apvit.save_pretrained(model, tmp_path / 'other')
-    again = timm.create_model(f'local-dir:{tmp_path / "other"}', pretrained=True)
-    assert not again.pretrained_cfg.get('label_names')
-    assert again.num_classes == 3
-
-
-def test_rejects_labels_of_other_classes(tmp_path):
-    with pytest.raises(ValueError, match='expected names of 1000 classes, got 2'):
-        timm_apvit.save_pretrained(create(), tmp_path, label_names=['a', 'b'])
-    with pytest.raises(ValueError, match='expected names of 1000 classes, got 2'):
-        timm_apvit.push_to_hub(create(), 'me/model', label_names=['a', 'b'])
-
-
-def test_rejects_another_model():
-    with pytest.raises(ValueError, match='expected an APViT, got VisionTransformer'):
-        timm_apvit.push_to_hub(timm.create_model('test_vit'), 'me/model')
-
-
-def test_rejects_folders_that_do_not_load(saved, tmp_path):
-    with pytest.raises(FileNotFoundError, match=r'with model\.safetensors'):
-        push_folder(tmp_path, 'me/model')
-    whole = (saved.folder / 'first/model.safetensors').read_bytes()
-    (tmp_path / 'model.safetensors').write_bytes(whole[: len(whole) // 2])
-    (tmp_path / 'config.json').write_text((saved.folder / 'first/config.json').read_text())
-    with pytest.raises(ValueError, match='expected files that load'):
-        push_folder(tmp_path, 'me/model')

@@ -4,7 +4,6 @@ import pytest
 from conftest import create
 
 import timm_apvit
-from timm_apvit.hub import push_folder
 from timm_apvit.hub_access import check_repo_id, explained
 
 
@@ -14,7 +13,14 @@ def test_rejects_malformed_repository_before_anything_is_sent(repo_id, tmp_path)
         with pytest.raises(ValueError, match='expected a repository as NAMESPACE/NAME, got'):
             act(repo_id)
     with pytest.raises(ValueError, match='expected a repository as NAMESPACE/NAME, got'):
-        push_folder(tmp_path, repo_id)
+        timm_apvit.push_to_hub(tmp_path, repo_id)
+
+
+def test_rejects_no_name_and_no_branch_as_they_are_given():
+    with pytest.raises(ValueError, match='expected a repository as NAMESPACE/NAME, got None'):
+        timm_apvit.push_to_hub(create(), None)
+    with pytest.raises(ValueError, match="expected the name of a branch as revision, got ''"):
+        timm_apvit.push_to_hub(create(), 'me/model', revision='')
 
 
 def test_errors_name_what_failed_in_one_line():

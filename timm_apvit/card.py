@@ -1,7 +1,8 @@
 """Model cards: what a model on the Hub is, how to use it, what it is worth, and where it ends."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -62,8 +63,12 @@ def check_results(results: Any) -> None:
     if not isinstance(rows, list | tuple) or not rows or not all(isinstance(row, Mapping) for row in rows):
         raise ValueError(f'expected results with rows, as evaluate writes them, got {_shortened(results)}')
     for row in rows:
-        if not isinstance(row.get('top1'), int | float) or not {'budget', 'num_patches'} <= row.keys():
+        if not {'budget', 'num_patches', 'top1'} <= row.keys():
             raise ValueError(f'expected rows with budget, num_patches and top1, got {_shortened(row)}')
+        for key, _, _ in COLUMNS:
+            value = row.get(key, 0)
+            if not isinstance(value, int | float) or not math.isfinite(value):
+                raise ValueError(f'expected rows with finite numbers, got {key}={value!r} at {row["budget"]} patches')
 
 
 def model_card(
@@ -83,8 +88,8 @@ def model_card(
         revision: that it is pushed to, if not the default.
         details: what the model does not know of itself.
     """
-    details = details or CardDetails()
-    base = _base_model(model, repo_id, details)
+    details = with_origin(model, repo_id, details or CardDetails())
+    base = details.base_model
     name = f'hf-hub:{repo_id}' + (f'@{revision}' if revision else '')
     sections = [
         f'# {repo_id.partition("/")[2] or repo_id}',
@@ -104,22 +109,22 @@ def model_card(
             '## Training\n\n`python -m timm_apvit finetune` with\n\n' + _fenced(details.training.strip(), 'yaml')
         )
     sections.append('## Limits\n\n' + _limits(model, base, details))
-    front = _front_matter(model, repo_id, base, details).to_yaml()
+    front = _front_matter(model, repo_id, details).to_yaml()
     return f'---\n{front}\n---\n\n' + '\n\n'.join(sections) + '\n'
 
 
-def _front_matter(model: APViT, repo_id: str, base: str | None, details: CardDetails) -> ModelCardData:
+def _front_matter(model: APViT, repo_id: str, details: CardDetails) -> ModelCardData:
     """The metadata that the Hub reads."""
     task = 'image-classification' if model.num_classes else 'image-feature-extraction'
     data: dict[str, Any] = {
         'library_name': 'timm',
         'pipeline_tag': task,
         'tags': [task, *TAGS],
-        'license': details.license or (_license(model, base) if base else None),
+        'license': details.license,
         'datasets': list(details.datasets) or None,
     }
-    if base:
-        data |= {'base_model': base, 'base_model_relation': 'finetune'}
+    if details.base_model:
+        data |= {'base_model': details.base_model, 'base_model_relation': 'finetune'}
     if details.results is not None:
         data |= {'model_name': repo_id.partition('/')[2] or repo_id, 'metrics': ['accuracy']}
         data['eval_results'] = [result for row in details.results['rows'] for result in _metrics(row, details)]
@@ -144,19 +149,27 @@ def _metrics(row: Mapping[str, Any], details: CardDetails) -> list[EvalResult]:
     ]
 
 
-def _base_model(model: APViT, repo_id: str, details: CardDetails) -> str | None:
-    """The repository of the source weights; that of the model itself is none."""
+def with_origin(
+    model: APViT, repo_id: str, details: CardDetails, base_of_repository: Callable[[], str | None] = lambda: None
+) -> CardDetails:
+    """Details with the source weights and their license, where none are given and they are known.
+
+    A repository is not the source of its own next version: that has the source of the last one, ``base_of_repository``.
+    """
     base = details.base_model or model.base_model
-    return None if base == repo_id else base
+    if base == repo_id:
+        base = base_of_repository()
+    return replace(details, base_model=base, license=details.license or _license(model, base, details))
 
 
-def _license(model: APViT, base: str) -> str | None:
-    """The license of source weights, out of timm's configuration of them."""
-    for name in timm.list_pretrained('*apvit*'):
+def _license(model: APViT, base: str | None, details: CardDetails) -> str | None:
+    """The license of source weights: as timm has it, or as it came with those that the model was pulled with."""
+    for name in timm.list_pretrained('*apvit*') if base else ():
         cfg = timm.get_pretrained_cfg(name)
         if cfg.hf_hub_id == base:
             return str(cfg.license) if cfg.license else None
-    own = model.pretrained_cfg.get('license') if base == model.base_model else None
+    was_pulled = model.base_model is not None and details.base_model in (None, model.base_model)
+    own = model.pretrained_cfg.get('license') if was_pulled else None
     return str(own) if own else None
 
 

@@ -3,6 +3,8 @@
 import json
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple, Optional, Union
 
@@ -11,11 +13,14 @@ from timm import create_model
 from timm.models._hub import save_for_hf
 from torch import nn
 
-from timm_apvit.card import PICTURE, CardDetails, model_card
-from timm_apvit.hub_access import check_repo_id, explained, one_line
+from timm_apvit.card import PICTURE, CardDetails, model_card, with_origin
+from timm_apvit.hub_access import check_access, check_card, check_repo_id, explained, one_line
+from timm_apvit.labels import LabelNames, checked_label_names, saved_label_names
 from timm_apvit.vision_transformer import APViT
 
 SAVED = ('model.safetensors', 'config.json')
+# What other libraries wrap a model in, by the attribute that has the model.
+WRAPPED = ('_orig_mod', 'module', 'timm_model', 'merge_and_unload')
 
 
 def reconstruction_args(model: APViT) -> dict[str, Any]:
@@ -41,7 +46,7 @@ def reconstruction_args(model: APViT) -> dict[str, Any]:
 def save_pretrained(
     model: APViT,
     directory: Union[str, os.PathLike[str]],
-    label_names: Optional[list[str]] = None,
+    label_names: Optional[LabelNames] = None,
     model_config: Optional[dict[str, Any]] = None,
 ) -> None:
     """Save a model as ``model.safetensors`` and ``config.json``, which hold all that rebuilds it.
@@ -54,28 +59,36 @@ def save_pretrained(
     Args:
         model: an APViT.
         directory: made if it does not exist; files of the same names in it are replaced.
-        label_names: of the classes, in order.
+        label_names: of the classes, in order, or by number as transformers' ``id2label``; default: those that the
+            model was loaded with, if it still has as many classes.
         model_config: further entries of config.json.
 
     Raises:
-        ValueError: not an APViT, made with an argument that config.json cannot hold, or labels of other classes.
+        ValueError: not an APViT, without weights, made with an argument that config.json cannot hold, or labels of
+            other classes.
     """
-    if not isinstance(model, APViT):
-        raise ValueError(f'expected an APViT, got {type(model).__name__}')
-    if label_names is not None and len(label_names) != model.num_classes:
-        raise ValueError(f'expected names of {model.num_classes} classes, got {len(label_names)}')
+    _check_model(model)
+    config = {**({'base_model': model.base_model} if model.base_model else {}), **(model_config or {})}
+    if label_names is not None:
+        config['label_names'] = checked_label_names(label_names, model.num_classes)
+    model_args = reconstruction_args(model)
     target = Path(directory)
     target.mkdir(parents=True, exist_ok=True)
-    config = {**({'base_model': model.base_model} if model.base_model else {}), **(model_config or {})}
-    if label_names:
-        config['label_names'] = list(label_names)
     with tempfile.TemporaryDirectory(dir=target, prefix='.saving-') as unfinished:
-        save_for_hf(
-            model, unfinished, model_config=config, model_args=reconstruction_args(model), safe_serialization=True
-        )
+        save_for_hf(model, unfinished, model_config=config, model_args=model_args, safe_serialization=True)
         _mend_config(Path(unfinished, 'config.json'), model.patch_embed.patching.in_chans, model.patch_embed.img_size)
         for name in SAVED:
             Path(unfinished, name).replace(target / name)
+
+
+def _check_model(model: Any) -> None:
+    """Raise ValueError unless a model can be saved, and say where it is if another library wrapped it."""
+    if not isinstance(model, APViT):
+        inner = next((name for name in WRAPPED if hasattr(model, name)), None)
+        way = f'; give its model.{inner}' + '()' * (inner == 'merge_and_unload') if inner else ''
+        raise ValueError(f'expected an APViT, got {type(model).__name__}{way}')
+    if any(tensor.is_meta for tensor in model.state_dict().values()):
+        raise ValueError('expected weights, got a model on the meta device')
 
 
 def _mend_config(path: Path, in_chans: int, img_size: tuple[int, int]) -> None:
@@ -116,10 +129,10 @@ class Pushed(NamedTuple):
 
 
 def push_to_hub(
-    model: APViT,
+    model: Union[APViT, str, os.PathLike[str]],
     repo_id: str,
     *,
-    label_names: Optional[list[str]] = None,
+    label_names: Optional[LabelNames] = None,
     private: Optional[bool] = None,
     revision: Optional[str] = None,
     create_pr: bool = False,
@@ -134,115 +147,123 @@ def push_to_hub(
     with the same logits and every adaptive argument.
 
     Args:
-        model: an APViT.
+        model: an APViT, or the folder that `save_pretrained` wrote, which has to prove that it loads.
         repo_id: ``'namespace/name'``, or a name in the namespace of the token's owner; made if it does not exist.
-        label_names: of the classes, in order; default: those that the model was loaded with.
+        label_names: as for `save_pretrained`; a folder has its own.
         private: whether a new repository is private; default: as huggingface_hub has it, public.
         revision: branch to push to, made if it does not exist, or pull request (``'refs/pr/1'``); with ``create_pr``
             the branch to merge into.
         create_pr: open a pull request rather than push.
-        token: as huggingface_hub has it; default: that of ``HF_TOKEN``, or of ``hf auth login``.
+        token: as huggingface_hub has it; default, or if empty: that of ``HF_TOKEN``, or of ``hf auth login``.
         commit_message: its first line.
         overwrite_card: replace a README.md that the repository has.
         card: what the model card is to say that the model does not know.
 
     Raises:
-        ValueError: not an APViT, a malformed ``repo_id``, metadata that the Hub refuses, or a repository that exists
-            and is public where ``private`` is asked for.
+        FileNotFoundError: the folder is not one that `save_pretrained` wrote.
+        ValueError: not an APViT, labels of other classes, a malformed ``repo_id`` or ``revision``, metadata that the
+            Hub refuses, or a repository that exists and is public where ``private`` is asked for.
         PermissionError: the Hub refuses the token.
         ConnectionError: the Hub cannot be reached, or does not take the files, after huggingface_hub's own retries.
     """
     check_repo_id(repo_id)
-    with tempfile.TemporaryDirectory() as folder:
-        save_pretrained(model, folder, label_names)
-        return _push_saved(
-            model,
-            Path(folder),
-            repo_id,
-            private=private,
-            revision=revision,
-            create_pr=create_pr,
-            token=token,
-            commit_message=commit_message,
-            overwrite_card=overwrite_card,
-            card=card,
-        )
-
-
-def push_folder(directory: Union[str, os.PathLike[str]], repo_id: str, **options: Any) -> Pushed:
-    """Push what `save_pretrained` wrote, as it is, once it has proved to load.
-
-    Args:
-        directory: with ``model.safetensors`` and ``config.json``.
-        repo_id: as for `push_to_hub`.
-        options: those of `push_to_hub`, but for the labels, which ``config.json`` has.
-
-    Raises:
-        FileNotFoundError: the files are not there.
-        ValueError: they do not make an APViT, or as for `push_to_hub`.
-        OSError: as for `push_to_hub`.
-    """
-    check_repo_id(repo_id)
-    folder = Path(directory)
-    for name in SAVED:
-        if not (folder / name).is_file():
-            raise FileNotFoundError(f'expected a folder that save_pretrained wrote, with {name}, got {str(folder)!r}')
-    try:
-        model = create_model(f'local-dir:{folder}', pretrained=True)
-    # Files that are damaged, or of another model, fail in as many ways as there are formats.
-    except Exception as error:
-        raise ValueError(f'expected files that load, got {str(folder)!r}: {one_line(error)}') from error
-    if not isinstance(model, APViT):
-        raise ValueError(f'expected an APViT in {str(folder)!r}, got {type(model).__name__}')
-    return _push_saved(model, folder, repo_id, **options)
-
-
-def _push_saved(
-    model: APViT,
-    folder: Path,
-    repo_id: str,
-    *,
-    private: Optional[bool] = None,
-    revision: Optional[str] = None,
-    create_pr: bool = False,
-    token: Union[bool, str, None] = None,
-    commit_message: Optional[str] = None,
-    overwrite_card: bool = False,
-    card: Optional[CardDetails] = None,
-) -> Pushed:
-    """Push the saved files of a model and its card in one commit."""
-    details = card or CardDetails()
+    if revision == '':
+        raise ValueError("expected the name of a branch as revision, got ''")
+    token = None if token == '' else token  # of a variable of the shell that is not set
     api = HfApi(token=token, library_name='timm-apvit')
-    message = (
-        commit_message or f'Upload {model.pretrained_cfg.get("architecture", "APViT")}, {model.num_patches} patches'
-    )
-    with explained(repo_id, token):
-        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    with _saved(model, label_names) as (model, folder), _explained_push(repo_id, token, create_pr):
+        names = saved_label_names(folder, model.num_classes)
+        if '/' not in repo_id:
+            repo_id = f'{api.whoami()["name"]}/{repo_id}'
+        # What the Hub could refuse comes before the repository is made.
+        details = with_origin(model, repo_id, card or CardDetails(), lambda: _base_on_hub(api, repo_id, revision))
+        shown = None if create_pr else revision
+        text = model_card(model, repo_id, label_names=names, revision=shown, details=details)
+        check_card(text)
+        api.create_repo(repo_id, private=private, exist_ok=True)
         if private and not api.model_info(repo_id).private:
             raise ValueError(f'expected a repository that is new or private, got {repo_id!r}, which is public')
         if revision is not None and not create_pr and not revision.startswith('refs/'):
             api.create_branch(repo_id, branch=revision, exist_ok=True)
-        files: dict[str, Union[Path, bytes]] = {name: folder / name for name in SAVED}
+        files: dict[str, Union[Path, bytes]] = {
+            'model.safetensors': folder / 'model.safetensors',
+            'config.json': _config_with_origin(folder, details),
+        }
         writes_card = overwrite_card or not api.file_exists(repo_id, 'README.md', revision=revision)
         if writes_card:
-            shown = None if create_pr else revision
-            names = _label_names(folder)
-            text = model_card(model, repo_id, label_names=names, revision=shown, details=details)
             files['README.md'] = text.encode()
             if details.picture is not None:
                 files[PICTURE] = Path(details.picture)
+        architecture = model.pretrained_cfg.get('architecture', 'APViT')
         commit = api.create_commit(
             repo_id,
             [CommitOperationAdd(name, source) for name, source in files.items()],
-            commit_message=message,
+            commit_message=commit_message or f'Upload {architecture}, {model.num_patches} patches',
             revision=revision,
             create_pr=create_pr,
         )
     return Pushed(repo_id, commit.commit_url, commit.oid, commit.pr_url, writes_card)
 
 
-def _label_names(folder: Path) -> Optional[list[str]]:
-    """The names of the classes that a saved model has, in order."""
+@contextmanager
+def _saved(
+    model: Union[APViT, str, os.PathLike[str]], label_names: Optional[LabelNames]
+) -> Iterator[tuple[APViT, Path]]:
+    """A model and a folder that it is saved in, of which one is given."""
+    if not isinstance(model, str | os.PathLike):
+        with tempfile.TemporaryDirectory() as made:
+            save_pretrained(model, made, label_names)
+            yield model, Path(made)
+        return
+    if label_names is not None:
+        raise ValueError(
+            'expected label_names with a model alone, got them with a folder, whose config.json has its own'
+        )
+    folder = Path(model)
+    for name in SAVED:
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f'expected a folder that save_pretrained wrote, with {name}, got {str(folder)!r}')
+    try:
+        loaded = create_model(f'local-dir:{folder}', pretrained=True)
+    # Files that are damaged, or of another model, fail in as many ways as there are formats.
+    except Exception as error:
+        raise ValueError(f'expected files that load, got {str(folder)!r}: {one_line(error)}') from error
+    if not isinstance(loaded, APViT):
+        raise ValueError(f'expected an APViT in {str(folder)!r}, got {type(loaded).__name__}')
+    yield loaded, folder
+
+
+@contextmanager
+def _explained_push(repo_id: str, token: Union[bool, str, None], create_pr: bool) -> Iterator[None]:
+    """Say what went wrong on the way to the Hub and, if it refused us, whether the token is for other repositories."""
+    try:
+        with explained(repo_id, token):
+            yield
+    except PermissionError:
+        if not create_pr:  # everyone may open a pull request
+            with suppress(ConnectionError):
+                check_access(repo_id, token)
+        raise
+
+
+def _base_on_hub(api: HfApi, repo_id: str, revision: Optional[str]) -> Optional[str]:
+    """The source weights that a repository names for the model that it has."""
+    for at in dict.fromkeys((revision, None)):
+        if api.file_exists(repo_id, 'config.json', revision=at):
+            config = json.loads(Path(api.hf_hub_download(repo_id, 'config.json', revision=at)).read_text())
+            base: Optional[str] = config.get('base_model')
+            return None if base == repo_id else base
+    return None
+
+
+def _config_with_origin(folder: Path, details: CardDetails) -> bytes:
+    """A saved config.json with the source weights, and the license, that the card has."""
     config = json.loads((folder / 'config.json').read_text())
-    names = config.get('label_names') or config['pretrained_cfg'].get('label_names')
-    return list(names.values()) if isinstance(names, dict) else names
+    for place, name, value in (
+        (config, 'base_model', details.base_model),
+        (config['pretrained_cfg'], 'license', details.license),
+    ):
+        place.pop(name, None)
+        if value is not None:
+            place[name] = value
+    return (json.dumps(config, indent=2) + '\n').encode()

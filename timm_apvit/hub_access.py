@@ -4,18 +4,28 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from huggingface_hub import HfApi, get_token
+from huggingface_hub import HfApi, ModelCard, get_token
 from huggingface_hub.utils import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, validate_repo_id
 
 
 def check_repo_id(repo_id: str) -> None:
     """Raise ValueError unless a repository can have this name."""
+    if not isinstance(repo_id, str) or not repo_id:
+        raise ValueError(f'expected a repository as NAMESPACE/NAME, got {repo_id!r}')
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:
         raise ValueError(f'expected a repository as NAMESPACE/NAME, got {repo_id!r}: {one_line(error)}') from None
-    if not repo_id:
-        raise ValueError("expected a repository as NAMESPACE/NAME, got ''")
+
+
+def check_card(text: str) -> None:
+    """Raise ValueError if the Hub, which is asked, would refuse the metadata of a model card."""
+    try:
+        ModelCard(text).validate()
+    except ValueError as error:
+        raise ValueError(
+            f'expected a model card that the Hub takes, got one of which it says: {one_line(error)}'
+        ) from None
 
 
 def check_access(repo_id: str, token: bool | str | None = None) -> None:

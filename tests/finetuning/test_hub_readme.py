@@ -17,7 +17,7 @@ def test_section_runs(tmp_path: Path) -> None:
     """What the README shows of the Hub, as it stands but for the folders."""
     section = README.read_text().partition('## To the Hub')[2].partition('\n## ')[0]
     block = re.search(r'```python\n(.*?)```', section, re.DOTALL)[1]
-    finetune, push_run = (
+    finetune, evaluate, push_run = (
         shlex.split(line, comments=True)[3:] for line in re.findall(r'^    (python .*)', section, re.M)
     )
     tiny = ['--model', 'test_apvit', '--img-size', '32', '--num-patches', '2', '--epochs', '1', '--batch-size', '4']
@@ -34,6 +34,7 @@ assert model.num_patches == 98
 assert model.pretrained_cfg['label_names'] == ['owl', 'tit']
 from timm_apvit.__main__ import main
 assert main({finetune!r}) == 0
+assert main({evaluate!r}) == 0
 assert main({push_run!r}) == 0
 """
     with serve({}, WritableHub) as server:
@@ -41,3 +42,5 @@ assert main({push_run!r}) == 0
         assert process.returncode == 0, process.stderr
         assert server.private == {'me/apvit-birds'}
         assert set(server.branches['me/apvit-birds']) == {'larger'}
+        card = server.branches['me/apvit-birds']['larger']['README.md'].decode()
+        assert 'M multiply-adds' in card

@@ -13,7 +13,7 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 from timm_apvit.card import PICTURE, CardDetails, check_results
 from timm_apvit.finetuning.checkpoints import BEST, CONFIG_FILE, first_line
 from timm_apvit.finetuning.sources import is_path
-from timm_apvit.hub import Pushed, push_folder
+from timm_apvit.hub import Pushed, push_to_hub
 
 RESULTS_FILE = 'evaluation.json'
 SUMMARY_FILE = 'summary.json'
@@ -74,7 +74,7 @@ def push_directory(given: dict[str, Any]) -> Pushed:
         given: options of the command.
 
     Raises:
-        ValueError, OSError: as for `timm_apvit.hub.push_folder`.
+        ValueError, OSError: as for `timm_apvit.hub.push_to_hub`.
     """
     directory = Path(given['directory'])
     if not directory.is_dir():
@@ -86,7 +86,7 @@ def push_directory(given: dict[str, Any]) -> Pushed:
     # A run that still trains lets the link name another version.
     model = (directory / BEST).resolve() if is_run else directory
     options = {name: given[name] for name in OPTIONS if name in given}
-    return push_folder(model, given['repo_id'], card=card, **options)
+    return push_to_hub(model, given['repo_id'], card=card, **options)
 
 
 def tell(pushed: Pushed) -> None:
