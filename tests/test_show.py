@@ -189,6 +189,23 @@ def test_rejects_bad_outputs(saved: Path, photograph: Path, tmp_path: Path, caps
     assert left_in(tmp_path) == before
 
 
+def test_rejects_outputs_that_are_another_file_by_another_path(
+    saved: Path, photograph: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / 'folder').mkdir()
+    (tmp_path / 'link').symlink_to(tmp_path, target_is_directory=True)
+    (tmp_path / 'twin.jpg').hardlink_to(photograph)
+    before = photograph.read_bytes()
+    for output in (tmp_path / 'folder/../photograph.jpg', tmp_path / 'link/photograph.jpg', tmp_path / 'twin.jpg'):
+        error = refused([photograph, '--checkpoint', saved, '-o', output], capsys)
+        assert 'another file than the images' in error
+    for film in (tmp_path / 'folder/../x.gif', tmp_path / 'link/x.gif'):
+        error = refused([photograph, '--checkpoint', saved, '-o', tmp_path / 'x.gif', '--animate', film], capsys)
+        assert 'to be two files' in error
+    assert photograph.read_bytes() == before
+    assert left_in(tmp_path) == {'folder', 'link', 'photograph.jpg', 'twin.jpg'}
+
+
 def test_failed_write_leaves_what_was_there(
     saved: Path, photograph: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

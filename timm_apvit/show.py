@@ -110,14 +110,19 @@ def check_outputs(given: dict[str, Any]) -> list[Path]:
             raise ValueError(f'expected {options[name]} to end in .{", .".join(endings)}, got {given[name]!r}')
         if path.is_dir() or not path.absolute().parent.is_dir():
             raise ValueError(f'expected {options[name]} to be a file in a folder that exists, got {given[name]!r}')
-        if any(path.absolute() == Path(image).absolute() for image in given['images']):
+        if any(_same_file(path, Path(image)) for image in given['images']):
             raise ValueError(f'expected {options[name]} to be another file than the images, got {given[name]!r}')
         outputs.append(path)
-    if len({path.absolute() for path in outputs}) < len(outputs):
+    if len(outputs) == 2 and _same_file(*outputs):
         raise ValueError(f'expected --output and --animate to be two files, got {given["output"]!r} for both')
     if not outputs:
         raise ValueError('expected --output FILE, --animate FILE.gif or both, got neither')
     return outputs
+
+
+def _same_file(first: Path, second: Path) -> bool:
+    """Whether two paths are of one file, by whatever links, or would be once it is written."""
+    return first.resolve() == second.resolve() or (first.exists() and second.exists() and first.samefile(second))
 
 
 def draw(model: APViT, given: dict[str, Any]) -> dict[Path, bytes]:
