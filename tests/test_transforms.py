@@ -1,5 +1,6 @@
 """Bounds of a transform, and families of one's own."""
 
+import inspect
 import math
 from typing import Optional
 
@@ -65,6 +66,40 @@ def test_rejects_bounds_of_another_family(keystone):
         timm.create_model('test_apvit', transform='keystone', max_keystone=2)
 
 
+def own(**attributes):
+    return type('Own', (PatchTransform,), attributes)
+
+
+UNFIT_FIELDS = ('a.b', '', 'keys', 'training', 3)
+# Arguments of the model, of timm's and of create_model, which a family would take away.
+UNFIT_BOUNDS = (
+    'depth', 'embed_dim', 'num_classes', 'jitter', 'drop_rate', 'in_chans', 'device', 'dtype', 'patch_size', 'self',
+    'pretrained', 'pretrained_cfg', 'transform', 'num_patches', '', 'max_a b', 3,
+)  # fmt: skip
+UNFIT_RANGES = (0.3, (0.3, 0.0, 1.0), [0.3], Bound('a'), Bound(0.3, high='a'))
+
+
+def test_no_argument_of_a_model_is_named_as_the_bounds_of_a_family_are():
+    for owner in (timm.create_model, timm.models.build_model_with_cfg, timm.models.VisionTransformer.__init__):
+        assert not [name for name in inspect.signature(owner).parameters if name.startswith(('max_', 'min_'))]
+    named = [name for name in inspect.signature(timm_apvit.APViT.__init__).parameters if name.startswith('max_')]
+    assert {*named} == {*transforms.BOUNDS, 'max_focus'}
+
+
+@pytest.mark.parametrize('bound', [name for name in transforms.BOUNDS if name != 'max_rotation'])
+def test_gradients_at_the_ceiling_of_a_bound_are_finite(bound):
+    ceiling = transforms.BOUNDS[bound].high
+    for transform in ('affine', 'projective', 'tps'):
+        patching = AdaptivePatching(4, 9, transform, **{bound: ceiling})
+        for layer in patching.localizer.fields.values():
+            torch.nn.init.normal_(layer.weight)
+        patches, _ = patching(torch.randn(2, 3, 40, 60))
+        patches.square().sum().backward()
+        assert all(parameter.grad.isfinite().all() for parameter in patching.parameters())
+        with pytest.raises(ValueError, match=f'expected {bound} to be a finite number within'):
+            AdaptivePatching(4, 9, transform, **{bound: 1.01 * ceiling})
+
+
 @pytest.mark.parametrize(
     ('name', 'family', 'message'),
     [
@@ -73,6 +108,15 @@ def test_rejects_bounds_of_another_family(keystone):
         ('own', type('Own', (PatchTransform,), {'fields': {'scale': 1}}), "expected 'shift' among the fields of Own"),
         ('own', type('Own', (PatchTransform,), {'fields': {'shift': 2, 'warp': 3}}), "field 'warp' of width 32, got 3"),
         ('own', type('Own', (PatchTransform,), {'own_bounds': {'max_zoom': Bound(1.0)}}), 'families have, got max_z'),
+        *((name, Keystone, 'expected a name such as my_family for Keystone, got') for name in (3, None, '', 'a b', [])),
+        *(('own', own(fields={'shift': 2, name: 1}), 'names that a module may have') for name in UNFIT_FIELDS),
+        *(('own', own(fields={'shift': 2, 'new': width}), 'to have a width >= 1, got') for width in (-1, 0, 'a', 1.0)),
+        *(('own', own(fields=fields), 'to be a dict of widths by name, got') for fields in (['shift'], None)),
+        *(('own', own(own_bounds={name: Bound(1.0)}), r'named max_\.\.\. or min_\.\.\., got') for name in UNFIT_BOUNDS),
+        *(('own', own(own_bounds={'max_own': bound}), 'to be a Bound of numbers') for bound in UNFIT_RANGES),
+        ('own', own(own_bounds={'max_own': Bound(2.0, high=1.0)}), r'expected the default of max_own .*\], got 2\.0'),
+        ('own', own(own_bounds={'max_focus': Bound(2.0)}), 'families have, got max_focus'),
+        ('own', own(own_bounds=[Bound(1.0)]), 'to be a dict of Bound by name'),
     ],
 )  # fmt: skip
 def test_rejects_families_that_do_not_fit(keystone, name, family, message):

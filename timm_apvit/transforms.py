@@ -7,6 +7,7 @@ adds one of your own.
 """
 
 import math
+import numbers
 from typing import Any, NamedTuple, Optional
 
 import torch
@@ -24,14 +25,15 @@ class Bound(NamedTuple):
     high: float = math.inf
 
 
-# What every family takes, so that a model may change its family and keep its other arguments.
+# What every family takes, so that a model may change its family and keep its other arguments. Beyond 1000 there is
+# nothing to gain, and in the end gradients overflow.
 BOUNDS: dict[str, Bound] = {
-    'max_shift': Bound(1.0),
-    'max_zoom': Bound(2.0, low=1.0),
+    'max_shift': Bound(1.0, high=1000.0),
+    'max_zoom': Bound(2.0, low=1.0, high=1000.0),
     'max_rotation': Bound(45.0, high=180.0),
-    'max_shear': Bound(0.5),
+    'max_shear': Bound(0.5, high=1000.0),
     'max_perspective': Bound(0.3, high=0.9),
-    'max_warp': Bound(0.25),
+    'max_warp': Bound(0.25, high=1000.0),
 }
 
 
@@ -46,8 +48,8 @@ class PatchTransform(nn.Module):
         fields: width of each field of raw parameters. ``shift`` (2) must be among them; ``scale``, ``aspect``,
             ``rotation`` and ``shear`` (1 each) are used if they are. Families nest by these names: a checkpoint of one
             with fewer fields is widened.
-        own_bounds: further arguments, of ``timm.create_model`` too. Theirs, and those of `BOUNDS`, are the values of
-            ``bounds``.
+        own_bounds: further arguments, of ``timm.create_model`` too, named max_... or min_..., as none of timm's are.
+            Theirs, and those of `BOUNDS`, are the values of ``bounds``.
 
     Args:
         max_shift: how far a centre may move along each axis, in cells of its anchor (so that it follows N).
@@ -179,23 +181,54 @@ def register_transform(name: str, family: type[PatchTransform]) -> None:
         family: see `PatchTransform` for what it needs, and an example.
 
     Raises:
-        ValueError: not a subclass of `PatchTransform`, no shift among its fields, a field or a bound that has another
-            meaning already, or the name of another family.
+        ValueError: not a subclass of `PatchTransform`, no shift among its fields, a field or a bound that is none or
+            has another meaning already, or no name or that of another family.
     """
     if not (isinstance(family, type) and issubclass(family, PatchTransform)):
         raise ValueError(f'expected a subclass of PatchTransform, got {family!r}')
+    if not (isinstance(name, str) and name.isidentifier()):
+        raise ValueError(f'expected a name such as my_family for {family.__qualname__}, got {name!r}')
+    _check_fields(family)
+    _check_own_bounds(family)
     taken = TRANSFORMS.get(name)
     if taken is not None and (taken.__module__, taken.__qualname__) != (family.__module__, family.__qualname__):
         raise ValueError(f'expected a new name for {family.__qualname__}, got {name!r} of {taken.__qualname__}')
-    if 'shift' not in family.fields:
-        raise ValueError(f"expected 'shift' among the fields of {family.__qualname__}, got {list(family.fields)}")
     for other in TRANSFORMS.values():
         for field, width in family.fields.items():
             if other is not taken and other.fields.get(field, width) != width:
                 raise ValueError(f'expected the field {field!r} of width {other.fields[field]}, got {width}')
-    if repeated := sorted(BOUNDS.keys() & family.own_bounds):
-        raise ValueError(f'expected own_bounds that not all families have, got {", ".join(repeated)}')
     TRANSFORMS[name] = family
+
+
+def _check_fields(family: type[PatchTransform]) -> None:
+    """Raise ValueError unless a localisation network can predict the fields of a family."""
+    fields, owner = family.fields, family.__qualname__
+    if not isinstance(fields, dict):
+        raise ValueError(f'expected the fields of {owner} to be a dict of widths by name, got {fields!r}')
+    if 'shift' not in fields:
+        raise ValueError(f"expected 'shift' among the fields of {owner}, got {list(fields)}")
+    taken = nn.ModuleDict()  # what holds their layers
+    for field, width in fields.items():
+        if not (isinstance(field, str) and field.isidentifier()) or hasattr(taken, field):
+            raise ValueError(f'expected the fields of {owner} to have names that a module may have, got {field!r}')
+        if isinstance(width, bool) or not isinstance(width, int) or width < 1:
+            raise ValueError(f'expected the field {field!r} of {owner} to have a width >= 1, got {width!r}')
+
+
+def _check_own_bounds(family: type[PatchTransform]) -> None:
+    """Raise ValueError unless the bounds of a family can be arguments of a model."""
+    own, owner = family.own_bounds, family.__qualname__
+    if not isinstance(own, dict):
+        raise ValueError(f'expected own_bounds of {owner} to be a dict of Bound by name, got {own!r}')
+    for name, bound in own.items():
+        # So they cannot be arguments of timm's, today's or later ones, which they would take away from the model.
+        if not (isinstance(name, str) and name.isidentifier() and name.startswith(('max_', 'min_'))):
+            raise ValueError(f'expected own_bounds of {owner} to be named max_... or min_..., got {name!r}')
+        if name in BOUNDS or name == 'max_focus':
+            raise ValueError(f'expected own_bounds of {owner} that not all families have, got {name}')
+        if not isinstance(bound, Bound) or not all(isinstance(value, numbers.Real) for value in bound):
+            raise ValueError(f'expected {name} of {owner} to be a Bound of numbers, got {bound!r}')
+        check_number(f'the default of {name}', bound.default, bound.low, bound.high)
 
 
 def transform_family(name: Any) -> type[PatchTransform]:
