@@ -129,6 +129,17 @@ def test_attention_is_that_of_the_last_block() -> None:
     assert view.attention.sum().item() == pytest.approx(5, abs=1e-4)
 
 
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16, torch.float64])
+def test_dtype_attention_is_that_of_the_models_own(dtype: torch.dtype) -> None:
+    model: Any = randomise(create(img_size=64, num_patches=5, qk_norm=True)).eval()
+    image = torch.rand(3, 40, 60)
+    expected = view_patches(model, image, attention=True).attention
+    received = view_patches(model.to(dtype), image, attention=True).attention
+    assert expected is not None
+    assert received is not None
+    torch.testing.assert_close(received, expected, rtol=0.05, atol=0.05)
+
+
 def test_window_frames_where_the_anchors_were_put() -> None:
     model: Any = timm.create_model('test_apvit', img_size=64, num_patches=(3, 3), max_focus=3.0).eval()
     torch.nn.init.normal_(model.patch_embed.patching.focus.saliency[-1].weight, std=10.0)

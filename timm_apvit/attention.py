@@ -47,8 +47,9 @@ def patch_attention(model: Any, layer: Any, tokens: Tensor) -> Tensor:
     """
     with torch.autocast(tokens.device.type, enabled=False):
         shape = *tokens.shape[:2], 3, layer.num_heads, -1
-        query, key, _ = layer.qkv(tokens.float()).view(shape).permute(2, 0, 3, 1, 4).unbind(0)  # (B, heads, T + N, d)
-        query, key = layer.q_norm(query), layer.k_norm(key)
+        tokens = tokens.to(getattr(layer.qkv.weight, 'dtype', torch.float32))  # quantised layers take float32
+        query, key, _ = layer.qkv(tokens).view(shape).permute(2, 0, 3, 1, 4).unbind(0)  # (B, heads, T + N, d)
+        query, key = layer.q_norm(query).float(), layer.k_norm(key).float()
         query = query[:, :, :1] if model.global_pool == 'token' else query[:, :, model.num_prefix_tokens :]
         attention = torch.softmax(query * layer.scale @ key.transpose(-2, -1), dim=-1)
         received: Tensor = attention[..., model.num_prefix_tokens :].mean(dim=(1, 2))
