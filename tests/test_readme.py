@@ -8,6 +8,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 import timm_apvit
@@ -32,7 +33,11 @@ def test_snippets_run(block, tmp_path, monkeypatch):
     monkeypatch.setattr(transforms, 'TRANSFORMS', transforms.TRANSFORMS.copy())
     Image.new('RGB', (40, 30)).save('photo.jpg')
     names: dict[str, object] = {}
-    exec(block.replace("'apvit_small', pretrained=True", "'apvit_small'"), names)
+    code = block.replace("'apvit_small', pretrained=True", "'apvit_small'")
+    Path('snippet.py').write_text(code)  # where TorchScript looks for it
+    exec(compile(code, 'snippet.py', 'exec'), names)
+    if 'Keystone' in names:
+        torch.jit.script(names['model'])
     if 'logits' in names:
         assert names['logits'].shape == (1 if 'create_model' in block else 2, 1000)
     if 'figure' in names:
