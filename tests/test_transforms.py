@@ -57,9 +57,23 @@ def test_a_family_of_ones_own_is_trained_scripted_saved_and_loaded(keystone, tmp
     assert torch.equal(again(image), expected)
 
 
-def test_rejects_bounds_of_another_family(keystone):
-    with pytest.raises(TypeError, match='max_keystone'):
-        timm.create_model('test_apvit', transform='affine', max_keystone=0.2)
+def test_a_checkpoint_with_bounds_of_its_own_may_change_its_family(keystone, tmp_path):
+    wider = {'fields': Keystone.fields | {'rotation': 1}, '__module__': __name__}
+    register_transform('turned', type('Turned', (PatchTransform,), wider))
+    model = timm.create_model('test_apvit', transform='keystone', max_keystone=0.2, max_zoom=3.0)
+    timm_apvit.save_pretrained(model, tmp_path)
+    turned = timm.create_model(f'local-dir:{tmp_path}', pretrained=True, transform='turned')
+    assert turned.adaptive_args()['max_zoom'] == 3.0
+    assert 'max_keystone' not in turned.adaptive_args()
+    timm_apvit.save_pretrained(turned, tmp_path / 'again')
+    assert 'max_keystone' not in (tmp_path / 'again/config.json').read_text()
+    with pytest.raises(ValueError, match=r'unexpected keys: .*fields\.keystone'):
+        timm.create_model(f'local-dir:{tmp_path}', pretrained=True, transform='affine')
+
+
+def test_rejects_bounds_of_no_family(keystone):
+    with pytest.raises(TypeError, match='max_keystones'):
+        timm.create_model('test_apvit', transform='affine', max_keystones=0.2)
     with pytest.raises(TypeError, match=r'among max_shift, .*, max_warp, got max_keystone'):
         AdaptivePatching(transform='affine', max_keystone=0.2)
     with pytest.raises(ValueError, match=r'expected max_keystone to be a finite number within \[0.0, 0.9\], got 2'):

@@ -16,6 +16,7 @@ from torch import nn
 from timm_apvit.card import PICTURE, CardDetails, model_card, with_origin
 from timm_apvit.hub_access import check_access, check_card, check_repo_id, explained, one_line
 from timm_apvit.labels import LabelNames, checked_label_names, saved_label_names
+from timm_apvit.transforms import other_bounds
 from timm_apvit.vision_transformer import APViT
 
 SAVED = ('model.safetensors', 'config.json')
@@ -94,8 +95,10 @@ def _check_model(model: Any) -> None:
 def _mend_config(path: Path, in_chans: int, img_size: tuple[int, int]) -> None:
     """Mend what some releases of timm write and cannot read back, and the size that images are to have."""
     config = json.loads(path.read_text())
-    # timm 1.0.31 repeats num_classes here, and transformers then passes it twice.
-    config['model_args'].pop('num_classes', None)
+    # timm 1.0.31 repeats num_classes here, and transformers then passes it twice; it also records all that it was
+    # given, and so bounds of a family that the model had before.
+    for name in ('num_classes', *other_bounds(config['model_args']['transform'])):
+        config['model_args'].pop(name, None)
     pretrained_cfg = config['pretrained_cfg']
     pretrained_cfg['input_size'] = [in_chans, *img_size]
     pretrained_cfg.pop('test_input_size', None)

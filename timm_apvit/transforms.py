@@ -242,3 +242,9 @@ def transform_family(name: Any) -> type[PatchTransform]:
             f'expected transform to be one of {", ".join(TRANSFORMS)}, or one given to register_transform, got {name!r}'
         )
     return TRANSFORMS[name]
+
+
+def other_bounds(name: str) -> set[str]:
+    """The bounds that the family of a name does not have, but another does."""
+    every = {bound for family in TRANSFORMS.values() for bound in family.own_bounds}
+    return every - transform_family(name).own_bounds.keys()

@@ -14,7 +14,7 @@ from timm_apvit.dense import dense_map, splat_weights
 from timm_apvit.geometry import PatchGeometry
 from timm_apvit.patch_embed import ADAPTIVE_MODULES, AdaptivePatchEmbed, PatchTokens
 from timm_apvit.pos_embed import interpolate_pos_embed, resample_pos_embed
-from timm_apvit.transforms import transform_family
+from timm_apvit.transforms import other_bounds, transform_family
 from timm_apvit.weights import check_npz
 
 # FX takes these as leaves: their control flow depends on shapes.
@@ -55,7 +55,8 @@ class APViT(VisionTransformer):  # type: ignore[misc]
         max_focus: largest factor by which the anchors as a whole close in on what matters in the image; 1: they tile
             the image; at most 5. What matters is learnt from labels and attention by the fine-tuning command, and by no
             other training.
-        kwargs: those of timm's ``VisionTransformer``, and further bounds of a family of your own.
+        kwargs: those of timm's ``VisionTransformer``, and further bounds of a family of your own; those of another
+            registered family have no effect.
 
     Attributes:
         base_model: repository on the Hub that ``pretrained=True`` took the weights from, if it did.
@@ -85,6 +86,8 @@ class APViT(VisionTransformer):  # type: ignore[misc]
         **kwargs: Any,
     ) -> None:
         own = {name: kwargs.pop(name) for name in transform_family(transform).own_bounds if name in kwargs}
+        # As with the bounds of all families, a model may change its family and keep those of the one that it had.
+        kwargs = {name: value for name, value in kwargs.items() if name not in other_bounds(transform)}
         patching: dict[str, Any] = {
             'transform': transform,
             'jitter': jitter,
