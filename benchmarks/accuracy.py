@@ -120,7 +120,7 @@ def run(options: argparse.Namespace, contestant: str, budgets: tuple[int, ...], 
             'top1': curve[-1], 'test_images': len(splits.test),
             'images_seen': [row['epoch'] * options.images // EPOCHS for row in rows],
             'curve': curve, 'seconds': [row['seconds'] for row in rows],
-            'multiply_adds': count_multiply_adds(model, splits.test[0][0][None].to(options.device)),
+            'multiply_adds': multiply_adds(model, splits.test[0][0][None].to(options.device)).total(),
             **settings,
             'machine': machine(options.threads),
             'versions': versions(),
@@ -164,17 +164,6 @@ def schedule_of(options: argparse.Namespace, contestant: str, budgets: tuple[int
 
 
 @torch.no_grad()
-def count_multiply_adds(model: nn.Module, image: torch.Tensor) -> int:
-    """Multiply-adds of an image ``(1, C, H, W)``, with everything counted."""
-    fused = [module for module in model.eval().modules() if getattr(module, 'fused_attn', False)]
-    for module in fused:  # so that attention's products are seen
-        module.fused_attn = False
-    counted = multiply_adds(model, image).total()
-    for module in fused:
-        module.fused_attn = True
-    return counted
-
-
 def measure_speed(options: argparse.Namespace) -> None:
     """Images per second alone and in batches of 64: the median of rounds in which all contestants take turns."""
     subjects: dict[str, tuple[nn.Module, torch.Tensor]] = {}

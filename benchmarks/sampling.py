@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from cost import resident
 from environment import machine, versions
-from timing import keep_memory, quartiles, time_in_turns
+from timing import keep_memory, peak_memory, quartiles, time_in_turns
 from torch import Tensor
 
 from timm_apvit import AdaptivePatching, PatchGeometry
@@ -131,16 +131,14 @@ def memory(way: str, args: argparse.Namespace) -> float:
 
 def peak(sampling: Sampling, way: str) -> float:
     """Peak of what a way takes, in MiB, less what was held before."""
-    if sampling.image.is_cuda:
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated() / 2**20
-    else:
+    with torch.inference_mode():
+        if sampling.image.is_cuda:
+            return peak_memory(lambda: WAYS[way](sampling), 'cuda')
         WAYS[way](Sampling(1, 2, 64, 'cpu'))  # loads what it needs
         Path('/proc/self/clear_refs').write_text('5')  # the peak starts from here; Linux only
         before = resident('VmRSS')
-    with torch.inference_mode():
         WAYS[way](sampling)
-    return (torch.cuda.max_memory_allocated() / 2**20 if sampling.image.is_cuda else resident('VmHWM')) - before
+    return resident('VmHWM') - before
 
 
 if __name__ == '__main__':

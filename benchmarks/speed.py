@@ -25,7 +25,7 @@ import torch
 from cost import multiply_adds
 from environment import machine, versions
 from parts import time_parts
-from timing import keep_memory, quartiles, time_in_turns
+from timing import keep_memory, peak_memory, quartiles, time_in_turns
 from torch import Tensor, nn
 
 import timm_apvit
@@ -148,14 +148,6 @@ def step(model: nn.Module, image: Tensor, case: dict[str, Any], compiled: bool) 
         model.zero_grad()
 
     return train
-
-
-def peak_memory(call: Callable[[], None], device: str) -> float:
-    """Peak of what a call allocates on a GPU, in MiB. On CPU, `cost.py` measures it in processes of their own."""
-    torch.cuda.reset_peak_memory_stats(device)
-    before = torch.cuda.memory_allocated(device)
-    call()
-    return (torch.cuda.max_memory_allocated(device) - before) / 2**20
 
 
 def shown(row: dict[str, Any]) -> str:

@@ -41,6 +41,14 @@ def synchronize(device: str) -> None:
         torch.cuda.synchronize(device)
 
 
+def peak_memory(call: Callable[[], Any], device: str) -> float:
+    """Peak of what a call allocates on a GPU, in MiB. On CPU, `cost.py` measures it in processes of their own."""
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    call()
+    return (torch.cuda.max_memory_allocated(device) - before) / 2**20
+
+
 def quartiles(own: list[float], reference: list[float]) -> list[float]:
     """Quartiles of the ratios of two that were timed in the same rounds; the second of them is the median."""
     ratios = [mine / other for mine, other in zip(own, reference, strict=True)]

@@ -1,6 +1,7 @@
 """Shared fixtures: photographs, real weights, trained-looking models."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -93,3 +94,17 @@ def normalised(model: nn.Module, image: Tensor) -> Tensor:
     config = image_config(model)
     mean, std = (torch.tensor(config[key]).view(-1, 1, 1) for key in ('mean', 'std'))
     return ((image - mean) / std)[None]
+
+
+def refused(run: Callable[..., int], arguments: list[object], capsys: pytest.CaptureFixture[str]) -> str:
+    """Run a command with arguments that must be refused with a line; return it."""
+    try:
+        status = run(*arguments)
+    except SystemExit as error:
+        status = error.code if isinstance(error.code, int) else -1
+    assert status == 2
+    out, err = capsys.readouterr()
+    assert out == ''
+    assert err.startswith('error: ')
+    assert err.count('\n') == 1
+    return err

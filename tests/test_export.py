@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import timm
 import torch
-from conftest import assert_equal_up_to_rounding, create, images
+from conftest import assert_equal_up_to_rounding, create, images, refused
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -149,18 +149,8 @@ def test_failed_export_leaves_nothing(
     assert left_in(tmp_path) == set()
 
 
-def refused(arguments: list[Any], capsys: pytest.CaptureFixture[str]) -> str:
-    """Run what must be refused with a line; return it."""
-    try:
-        status = main(['export', *map(str, arguments)])
-    except SystemExit as error:
-        status = error.code if isinstance(error.code, int) else -1
-    assert status == 2
-    out, err = capsys.readouterr()
-    assert out == ''
-    assert err.startswith('error: ')
-    assert err.count('\n') == 1
-    return err
+def exports(*arguments: Any) -> int:
+    return main(['export', *map(str, arguments)])
 
 
 def test_rejects_bad_input(saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -186,7 +176,7 @@ def test_rejects_bad_input(saved: Path, tmp_path: Path, capsys: pytest.CaptureFi
         ([saved, '-o', good, '--img-size', '2x'], "expected PIXELS or HxW, integers >= 1, got '2x'"),
         ([saved, '-o', good, '--opset', '17'], 'expected an integer >= 18'),
     ):
-        assert message in refused(arguments, capsys)
+        assert message in refused(exports, arguments, capsys)
     assert left_in(tmp_path) == before
     assert (tmp_path / 'there.pt2').read_text() == 'before'
 
@@ -197,7 +187,7 @@ def test_rejects_onnx_without_what_writes_it(
 ) -> None:
     for each in ONNX:
         monkeypatch.setitem(sys.modules, each, None if each == module else torch)
-    error = refused([saved, '-o', tmp_path / 'x.onnx'], capsys)
+    error = refused(exports, [saved, '-o', tmp_path / 'x.onnx'], capsys)
     assert error == f"error: export to ONNX needs {module}: pip install 'timm-apvit[export]'\n"
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from conftest import create
+from conftest import create, refused
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -138,20 +138,6 @@ def test_tiny_and_thin_images_are_drawn(saved: Path, tmp_path: Path, size: tuple
         assert max(image.size) < 6000
 
 
-def refused(arguments: list[Any], capsys: pytest.CaptureFixture[str]) -> str:
-    """Run what must fail with a line; return it."""
-    try:
-        status = shows(*arguments)
-    except SystemExit as error:
-        status = error.code if isinstance(error.code, int) else -1
-    assert status == 2
-    out, err = capsys.readouterr()
-    assert out == ''
-    assert err.startswith('error: ')
-    assert err.count('\n') == 1
-    return err
-
-
 def test_rejects_bad_images(saved: Path, photograph: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / 'text.jpg').write_text('no image')
     (tmp_path / 'cut.jpg').write_bytes(photograph.read_bytes()[:900])
@@ -162,7 +148,7 @@ def test_rejects_bad_images(saved: Path, photograph: Path, tmp_path: Path, capsy
         ('none.jpg', 'which does not exist'),
         ('', 'which is a folder'),
     ):
-        error = refused([photograph, tmp_path / name, '--checkpoint', saved, '-o', tmp_path / 'x.png'], capsys)
+        error = refused(shows, [photograph, tmp_path / name, '--checkpoint', saved, '-o', tmp_path / 'x.png'], capsys)
         assert 'expected an image file, got ' in error
         assert message in error
     assert left_in(tmp_path) == before
@@ -185,7 +171,7 @@ def test_rejects_bad_outputs(saved: Path, photograph: Path, tmp_path: Path, caps
         ),
         ([], 'expected --output FILE, --animate FILE.gif or both, got neither'),
     ):
-        assert message in refused([photograph, '--checkpoint', saved, *outputs], capsys)
+        assert message in refused(shows, [photograph, '--checkpoint', saved, *outputs], capsys)
     assert left_in(tmp_path) == before
 
 
@@ -197,10 +183,10 @@ def test_rejects_outputs_that_are_another_file_by_another_path(
     (tmp_path / 'twin.jpg').hardlink_to(photograph)
     before = photograph.read_bytes()
     for output in (tmp_path / 'folder/../photograph.jpg', tmp_path / 'link/photograph.jpg', tmp_path / 'twin.jpg'):
-        error = refused([photograph, '--checkpoint', saved, '-o', output], capsys)
+        error = refused(shows, [photograph, '--checkpoint', saved, '-o', output], capsys)
         assert 'another file than the images' in error
     for film in (tmp_path / 'folder/../x.gif', tmp_path / 'link/x.gif'):
-        error = refused([photograph, '--checkpoint', saved, '-o', tmp_path / 'x.gif', '--animate', film], capsys)
+        error = refused(shows, [photograph, '--checkpoint', saved, '-o', tmp_path / 'x.gif', '--animate', film], capsys)
         assert 'to be two files' in error
     assert photograph.read_bytes() == before
     assert left_in(tmp_path) == {'folder', 'link', 'photograph.jpg', 'twin.jpg'}
@@ -217,7 +203,7 @@ def test_failed_write_leaves_what_was_there(
         raise OSError(28, 'No space left on device')
 
     monkeypatch.setattr(Path, 'write_bytes', full)
-    error = refused([photograph, '--checkpoint', saved, '-o', tmp_path / 'x.png'], capsys)
+    error = refused(shows, [photograph, '--checkpoint', saved, '-o', tmp_path / 'x.png'], capsys)
     assert 'No space left on device' in error
     assert (tmp_path / 'x.png').read_text() == 'the picture before'
     assert left_in(tmp_path) == {'photograph.jpg', 'x.png'}
@@ -247,7 +233,7 @@ def test_rejects_bad_checkpoints(
         ('/no/such/folder', 'expected a registered model'),
         ('', 'expected'),
     ):
-        error = refused([photograph, '--checkpoint', checkpoint, '-o', tmp_path / 'x.png'], capsys)
+        error = refused(shows, [photograph, '--checkpoint', checkpoint, '-o', tmp_path / 'x.png'], capsys)
         assert message in error
     assert not (tmp_path / 'x.png').exists()
 
@@ -260,7 +246,7 @@ def test_rejects_bad_options(saved: Path, photograph: Path, tmp_path: Path, caps
         (['--color-by', 'x'], 'invalid choice'),
         (['--img-size', '0'], 'expected an integer >= 1'),
     ):
-        assert message in refused([*good, *options], capsys)
-    assert 'the following arguments are required: IMAGE' in refused(good[1:], capsys)
+        assert message in refused(shows, [*good, *options], capsys)
+    assert 'the following arguments are required: IMAGE' in refused(shows, good[1:], capsys)
     assert main(['show', *map(str, good), '--device', 'nothing']) == 2
     assert 'expected a device that is there' in capsys.readouterr().err

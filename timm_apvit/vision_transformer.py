@@ -87,7 +87,8 @@ class APViT(VisionTransformer):  # type: ignore[misc]
     ) -> None:
         own = {name: kwargs.pop(name) for name in transform_family(transform).own_bounds if name in kwargs}
         # As with the bounds of all families, a model may change its family and keep those of the one that it had.
-        kwargs = {name: value for name, value in kwargs.items() if name not in other_bounds(transform)}
+        others = other_bounds(transform)
+        kwargs = {name: value for name, value in kwargs.items() if name not in others}
         patching: dict[str, Any] = {
             'transform': transform,
             'jitter': jitter,
