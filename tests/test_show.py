@@ -230,7 +230,9 @@ def test_rejects_bad_checkpoints(
         (photograph, 'a file'),
         ('no_such_model', 'expected a registered model'),
         ('local-dir:/no/such', 'expected a folder with a model'),
-        ('/no/such/folder', 'expected a registered model'),
+        ('/no/such/folder', 'expected the folder of a run or of a saved model, got '),
+        ('no/such/folder', "'no/such/folder', which does not exist"),
+        ('runs/frist', "got 'runs/frist', no folder: cannot create hf-hub:runs/frist"),
         ('', 'expected'),
     ):
         error = refused(shows, [photograph, '--checkpoint', checkpoint, '-o', tmp_path / 'x.png'], capsys)

@@ -202,11 +202,25 @@ def no_overlap(figure: Any) -> None:
 @pytest.mark.parametrize('size', [(40, 60), (60, 40), (10, 90), (90, 10)])
 def test_titles_and_panels_do_not_overlap(size: tuple[int, int]) -> None:
     model: Any = create(img_size=64, num_patches=7)
-    names = ['a very long name of a file, longer than its panel is.jpeg', 'b']
+    names = ['a very long name of a file, longer than its panel is.jpeg', 33 * 'W']
     for color_by in ('order', 'attention'):
         no_overlap(plot_patches(model, torch.rand(2, 3, *size), titles=names, color_by=color_by))
     no_overlap(plot_patches(model, torch.rand(2, 3, *size), panels=tuple(PANELS), titles=names))
     no_overlap(compare(model, torch.rand(2, 3, *size), (1, 4, 196), titles=names))
+
+
+def test_long_titles_keep_their_ends() -> None:
+    model: Any = create(img_size=64, num_patches=7)
+    shown = {}
+    for name in ('short.jpeg', 'a' + 250 * 'W' + 'z.jpeg', 'a' + 250 * 'i' + 'z.jpeg', '$x$ ' * 20):
+        figure = plot_patches(model, torch.rand(3, 20, 20), titles=[name])
+        shown[name] = figure.axes[0].get_title()
+    short, wide, narrow, dollars = shown.values()
+    assert short == 'short.jpeg'
+    assert wide.startswith('aW')
+    assert wide.endswith('Wz.jpeg')
+    assert 10 < len(wide) < 30 < len(narrow) < 120
+    assert dollars.count('…') == 1
 
 
 def test_compare_has_a_column_for_each_budget_and_leaves_the_model() -> None:
@@ -244,7 +258,7 @@ def test_196_patches_are_told_apart() -> None:
 @pytest.mark.parametrize(
     ('draw', 'message'),
     [
-        (lambda model: plot_patches(model, torch.rand(2, 3, 8, 8), titles=['one']), 'expected 2 titles, got 1'),
+        (lambda model: plot_patches(model, torch.rand(2, 3, 8, 8), titles=['one']), 'expected 2 titles, got .*one'),
         (lambda model: plot_patches(model, []), 'expected one image or more, got none'),
         (lambda model: plot_patches(model, torch.rand(0, 3, 8, 8)), 'expected one image or more, got none'),
         (lambda model: plot_patches(model, torch.rand(8, 8)), r'shape \(3, H, W\), got \[8, 8\]'),
@@ -255,6 +269,9 @@ def test_196_patches_are_told_apart() -> None:
         (lambda model: plot_patches(model, torch.rand(3, 8, 8), 0), 'expected num_patches'),
         (lambda model: plot_patches(model, torch.rand(3, 8, 8), images_per_row=0), 'images_per_row >= 1, got 0'),
         (lambda model: compare(model, torch.rand(3, 8, 8), ()), 'one number of patches or more, got none'),
+        (lambda model: compare(model, torch.rand(3, 8, 8), 4), r'numbers of patches, such as \[16, 49\], got 4'),
+        (lambda model: plot_patches(model, torch.rand(2, 3, 8, 8), titles='one'), 'expected 2 titles, got .*one'),
+        (lambda model: animate(model, torch.rand(3, 8, 8), (1,), seconds=-1), 'seconds between 0.01 and .*, got -1'),
         (lambda model: animate(model, torch.rand(3, 8, 8), ()), 'one number of patches or more, got none'),
         (lambda model: animate_training([], torch.rand(3, 8, 8)), 'one model or more, got none'),
         (lambda model: plot_patches(model.blocks, torch.rand(3, 8, 8)), 'expected an APViT, got a Sequential'),

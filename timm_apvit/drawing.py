@@ -1,6 +1,7 @@
 """Panels of a picture: each function draws one of them into an axis. Needs matplotlib."""
 
 import io
+from bisect import bisect_left
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,8 +13,10 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.collections import LineCollection
 from matplotlib.colors import ListedColormap, PowerNorm, to_rgb
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties
 from matplotlib.path import Path
 from matplotlib.patheffects import withStroke
+from matplotlib.textpath import text_to_path
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
@@ -30,6 +33,7 @@ DARKEST = 0.25  # of that scale, where it colours lines
 FEW = 64  # patches up to which lines are thick and centres are marked
 # Panels narrower or wider than this would not fit a page: there an image is stretched.
 NARROWEST = 1 / 6
+TITLE_SIZE = 9  # points
 HEAT_CELLS = 256  # of a coverage map along its longer side
 
 
@@ -61,12 +65,18 @@ def gif_bytes(frames: Sequence[Array], seconds: float) -> bytes:
     from PIL import Image
 
     lines = [*map(to_rgb, ('white', 'black', *PALETTE)), *colormaps[SCALE](np.linspace(DARKEST, 1, 24))[:, :3].tolist()]
-    images = [Image.fromarray(frame) for frame in frames]
     # Thin lines are too few pixels to be given colours of their own by the frames.
     common = Image.fromarray(np.concatenate([frame[::2, ::2] for frame in frames])).quantize(256 - len(lines))
-    colours = (common.getpalette() or [])[: 3 * (256 - len(lines))]
-    common.putpalette([*colours, *(round(255 * value) for colour in lines for value in colour)])
-    shown = [image.quantize(palette=common, dither=Image.Dither.NONE) for image in images]
+    colours = np.reshape(common.getpalette() or [], (-1, 3))[: 256 - len(lines)]
+    palette = np.concatenate([np.rint(255 * np.array(lines)), colours])
+    shown = []
+    for frame in frames:
+        # Pillow's own choice of the nearest colour is a rough one, and may take white for light grey.
+        found, places = np.unique(frame @ np.array([1 << 16, 1 << 8, 1]), return_inverse=True)
+        values = np.stack([found >> 16, found >> 8 & 255, found & 255], axis=1)
+        nearest = ((palette**2).sum(axis=1) - 2 * values @ palette.T).argmin(axis=1)
+        shown.append(Image.fromarray(nearest[places].reshape(frame.shape[:2]).astype(np.uint8)))
+        shown[-1].putpalette(palette.astype(np.uint8).tobytes())
     file = io.BytesIO()
     shown[0].save(file, 'GIF', save_all=True, append_images=shown[1:], duration=round(1000 * seconds), loop=0)
     return file.getvalue()
@@ -160,6 +170,29 @@ def draw_coverage(axis: Any, view: PatchView, most: float) -> Any:
     """How many patches see each place; returns what a colour bar needs."""
     counts = coverage(view)
     return _show(axis, view, counts, cmap=SCALE, vmin=0, vmax=most)
+
+
+def add_title(axis: Any, title: str, width: float) -> None:
+    """Write lines above a panel of a width in inches; of one that is longer the middle is left out."""
+    lines = [shortened(line, width) for line in title.splitlines()]
+    axis.set_title('\n'.join(lines), fontsize=TITLE_SIZE, parse_math=False)
+
+
+def shortened(line: str, width: float) -> str:
+    """A line that fits a width in inches in the type of titles: itself, or as much of its two ends."""
+    font = FontProperties(size=TITLE_SIZE)
+
+    def ends(kept: int) -> str:
+        return f'{line[: kept - kept // 2]}…{line[len(line) - kept // 2 :]}'
+
+    def is_wider(text: str) -> bool:
+        points, _, _ = text_to_path.get_text_width_height_descent(text, font, ismath=False)
+        return bool(points > 72 * width)
+
+    if not is_wider(line):
+        return line
+    most = bisect_left(range(len(line)), True, key=lambda kept: is_wider(ends(kept))) - 1
+    return ends(max(most, 1))
 
 
 def add_bar(figure: Any, mappable: Any, label: str, whole: bool) -> None:

@@ -1,7 +1,7 @@
 """Figures: panels laid out in rows, with their titles and the scales that they share."""
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from timm_apvit.views import PatchView
 
@@ -18,14 +18,36 @@ PANELS = {
 }
 WIDTHS = {1: 7.0, 2: 4.5, 3: 3.2}  # of a panel in inches, by how many are side by side
 NARROW = 2.6
+CROWDED = 64  # patches from which a panel has to be larger than others to be legible
 
 Cell = tuple[PatchView, str, str]
 """A view, the name of a panel and its title."""
 
 
-def is_crowded(view: PatchView) -> bool:
-    """Whether a panel of a view has to be larger than others to be legible."""
-    return view.layout[0] > 64
+class Scales(NamedTuple):
+    """What the panels of a figure, or of all frames of an animation, have in common.
+
+    Attributes:
+        crowded: whether panels are drawn larger.
+        attention: colours of the attention that patches receive; None: they are coloured by their order.
+        most: the most patches that see one place; 0 where no panel shows that.
+    """
+
+    crowded: bool
+    attention: Any | None
+    most: int
+
+
+def common_scales(cells: Iterable[Cell]) -> Scales:
+    """Scales that serve all these panels alike."""
+    drawing = load_drawing()
+    cells = list(cells)
+    attentions = [view.attention for view, _, _ in cells if view.attention is not None]
+    return Scales(
+        crowded=any(view.layout[0] > CROWDED for view, _, _ in cells),
+        attention=drawing.attention_scale(attentions) if attentions else None,
+        most=max((int(drawing.coverage(view).max()) for view, panel, _ in cells if panel == 'coverage'), default=0),
+    )
 
 
 def counted_patches(view: PatchView) -> str:
@@ -40,17 +62,16 @@ def panel_cells(view: PatchView, name: str, panels: Sequence[str]) -> list[Cell]
     counted = next((n for n, panel in enumerate(panels) if panel != 'image'), None)
     cells: list[Cell] = []
     for n, panel in enumerate(panels):
-        lines = shortened(name) if n == 0 else []
+        lines = printable(name) if n == 0 else []
         if panel != 'image' or not lines:
             lines.append(PANELS[panel])
         cells.append((view, panel, '\n'.join([*lines, *([counted_patches(view)] if n == counted else [])])))
     return cells
 
 
-def shortened(name: str) -> list[str]:
-    """A name that fits above a panel, in no or one line, without what no font can show."""
-    clean = ''.join(c if c.isprintable() else '?' for c in name)
-    return [clean if len(clean) <= 34 else f'{clean[:16]}…{clean[-17:]}'] if clean else []
+def printable(name: str) -> list[str]:
+    """A name in no or one line, without what no font can show."""
+    return [''.join(c if c.isprintable() else '?' for c in name)] if name else []
 
 
 def load_drawing() -> Any:
@@ -64,29 +85,25 @@ def load_drawing() -> Any:
     return drawing
 
 
-def draw_figure(rows: list[list[Cell]], crowded: bool = False) -> 'Figure':
-    """Draw rows of panels; scales are those of all of them.
+def draw_figure(rows: list[list[Cell]], scales: Scales | None = None) -> 'Figure':
+    """Draw rows of panels.
 
     Args:
         rows: of any lengths.
-        crowded: draw the panels larger, as where there are many patches.
+        scales: as of all frames of an animation; None: those that these panels have in common.
     """
     drawing = load_drawing()
-    cells = [cell for row in rows for cell in row]
+    scales = scales or common_scales(cell for row in rows for cell in row)
     columns = max(map(len, rows))
     width = WIDTHS.get(columns, NARROW)
-    if columns > 1 and (crowded or any(is_crowded(view) for view, _, _ in cells)):
+    if columns > 1 and scales.crowded:
         width *= 1.4
     heights = [
         max(width * drawing.panel_aspect(view) + 0.2 + 0.18 * len(title.splitlines()) for view, _, title in row)
         for row in rows
     ]
-    attentions = [view.attention for view, _, _ in cells if view.attention is not None]
-    scale = drawing.attention_scale(attentions) if attentions else None
-    most = max((drawing.coverage(view).max() for view, panel, _ in cells if panel == 'coverage'), default=0)
-    figure: Figure = drawing.Picture(
-        figsize=(width * columns + 0.8 * (bool(attentions) + bool(most)), sum(heights)), layout='compressed'
-    )
+    bars = (scales.attention is not None) + (scales.most > 0)
+    figure: Figure = drawing.Picture(figsize=(width * columns + 0.8 * bars, sum(heights)), layout='compressed')
     axes = figure.subplots(len(rows), columns, squeeze=False, gridspec_kw={'height_ratios': heights})
     for axis in axes.flat:
         axis.set_axis_off()
@@ -94,16 +111,17 @@ def draw_figure(rows: list[list[Cell]], crowded: bool = False) -> 'Figure':
     for row, row_axes in zip(rows, axes, strict=True):
         for axis, (view, panel, title) in zip(row_axes, row, strict=False):
             axis.set_axis_on()
-            axis.set_title(title, fontsize=9, parse_math=False)
+            drawing.add_title(axis, title, width)
             if panel == 'coverage':
-                heat = drawing.draw_coverage(axis, view, most)
+                heat = drawing.draw_coverage(axis, view, scales.most)
             elif panel in ('image', 'fixed'):
                 getattr(drawing, f'draw_{panel}')(axis, view)
             else:
+                scale = scales.attention
                 colours = drawing.colours_in_order(view) if scale is None else scale.to_rgba(view.attention)
                 getattr(drawing, f'draw_{panel}')(axis, view, colours)
     if heat is not None:
         drawing.add_bar(figure, heat, 'patches', whole=True)
-    if scale is not None:
-        drawing.add_bar(figure, scale, 'attention (1: an even share)', whole=False)
+    if scales.attention is not None:
+        drawing.add_bar(figure, scales.attention, 'attention (1: an even share)', whole=False)
     return figure

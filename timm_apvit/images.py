@@ -67,6 +67,8 @@ def read_image(source: 'AnyImage', in_chans: int = 3, longest: int | None = None
         return _pixels(ImageOps.exif_transpose(source), in_chans, longest)
     if not isinstance(source, str | os.PathLike):
         raise ValueError(f'expected an image: a path, a Pillow image, an array or a tensor, got {source!r:.80}')
+    if isinstance(source, str) and source.startswith(('http://', 'https://')):
+        raise FileNotFoundError(f'expected an image file, got {source!r}, which has to be downloaded first')
     return _read_file(Path(source), in_chans, longest)
 
 

@@ -16,12 +16,12 @@ from timm_apvit.coords import NumPatches
 from timm_apvit.figures import (
     PANELS,
     Cell,
+    common_scales,
     counted_patches,
     draw_figure,
-    is_crowded,
     load_drawing,
     panel_cells,
-    shortened,
+    printable,
 )
 from timm_apvit.images import read_image
 from timm_apvit.views import view_patches
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 CLASSIC = ('image', 'fixed', 'adaptive', 'outlines')
 COLOURED_BY = ('order', 'attention')
+SHORTEST, LONGEST = 0.01, 655.35  # that a frame of a GIF stays, in seconds
 
 
 def plot_patches(
@@ -112,7 +113,7 @@ def compare(
         views = [view_patches(model, image, budget, color_by == 'attention') for budget in budgets]
         for n, panel in enumerate(panels):
             heads = [counted_patches(view) if n == 0 else PANELS[panel] for view in views]
-            heads[0] = '\n'.join([*(shortened(name) if n == 0 else []), heads[0]])
+            heads[0] = '\n'.join([*(printable(name) if n == 0 else []), heads[0]])
             rows.append([(view, panel, head) for view, head in zip(views, heads, strict=True)])
     return draw_figure(rows)
 
@@ -195,16 +196,19 @@ def _film(
     seconds: float,
 ) -> bytes:
     """Make a GIF of images: of each frame what it is called, the model and the number of patches."""
+    if not SHORTEST <= seconds <= LONGEST:
+        raise ValueError(f'expected seconds between {SHORTEST} and {LONGEST}, as a GIF can have, got {seconds}')
     drawing = load_drawing()
     called, seen = [], []
     for caption, model, budget in frames:
         called.append([', '.join(filter(None, (caption, name))) for name in names])
         seen.append([view_patches(model, image, budget, color_by == 'attention') for image in images])
-    crowded = any(map(is_crowded, chain(*seen)))  # so that all frames have one size
-    pictures = []
-    for titles, views in zip(called, seen, strict=True):
-        rows = [panel_cells(view, title, panels) for view, title in zip(views, titles, strict=True)]
-        pictures.append(drawing.rendered(draw_figure(rows, crowded), dpi=100))
+    pages = [
+        [panel_cells(view, title, panels) for view, title in zip(views, titles, strict=True)]
+        for titles, views in zip(called, seen, strict=True)
+    ]
+    scales = common_scales(cell for rows in pages for row in rows for cell in row)
+    pictures = [drawing.rendered(draw_figure(rows, scales), dpi=100) for rows in pages]
     file: bytes = drawing.gif_bytes(pictures, seconds)
     return file
 
@@ -244,14 +248,18 @@ def _checked(
     if color_by not in COLOURED_BY:
         raise ValueError(f'expected color_by to be one of {", ".join(COLOURED_BY)}, got {color_by!r}')
     read = read_images(model, images)
-    names = [''] * len(read) if titles is None else list(titles)
+    names = [''] * len(read) if titles is None else [titles] if isinstance(titles, str) else list(titles)
     if len(names) != len(read):
-        raise ValueError(f'expected {len(read)} titles, got {len(names)}')
+        raise ValueError(f'expected {len(read)} titles, got {names!r:.80}')
     return read, names
 
 
 def _budgets(model: APViT, num_patches: Sequence[NumPatches] | None) -> list[NumPatches]:
-    budgets = default_budgets(model) if num_patches is None else list(num_patches)
+    if num_patches is None:
+        return default_budgets(model)
+    if isinstance(num_patches, str) or not isinstance(num_patches, Iterable):
+        raise ValueError(f'expected a list of numbers of patches, such as [16, 49], got {num_patches!r}')
+    budgets = list(num_patches)
     if not budgets:
         raise ValueError('expected one number of patches or more, got none')
     return budgets

@@ -1,5 +1,6 @@
 """Models to fine-tune: created by name, with weights from where they are."""
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +16,7 @@ from timm_apvit.finetuning.options import Options
 from timm_apvit.finetuning.parsing import count
 from timm_apvit.vision_transformer import APViT
 
+HUB_NAME = re.compile(r'\w[\w.-]*/[\w.-]+')
 CLASSIFIER_ENDS = ('head.bias', 'head/bias')
 
 
@@ -111,8 +113,13 @@ def load_model(name: str) -> APViT:
         raise ValueError(f'expected the folder of a run or of a saved model, got {name!r}, {what}')
     elif name.startswith('local-dir:') and not Path(name.partition(':')[2]).is_dir():
         raise FileNotFoundError(f'expected a folder with a model, got {name!r}')
-    elif name.count('/') == 1 and ':' not in name and not name.startswith(('.', '/', '~')):
-        source = f'hf-hub:{name}'
+    elif HUB_NAME.fullmatch(name):
+        try:
+            return create_model(Options(model=f'hf-hub:{name}', pretrained=True), None, weights=True)
+        except ValueError as error:
+            raise ValueError(f'expected a folder or a name on the Hub, got {name!r}, no folder: {error}') from error
+    elif '/' in name and ':' not in name:
+        raise FileNotFoundError(f'expected the folder of a run or of a saved model, got {name!r}, which does not exist')
     else:
         source = name
         check_registered(name, 'apvit_*')
