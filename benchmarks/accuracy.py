@@ -23,14 +23,14 @@ from typing import Any
 import torch
 from contestants import CONTESTANTS, VARIANTS, create_contestant, crop_side, square
 from cost import multiply_adds
-from environment import machine, versions
+from environment import counted, machine, versions
 from fashion import TASKS, load_task
 from torch import nn
 
 from timm_apvit import APViT
 from timm_apvit.finetuning.checkpoints import CheckpointStore, write_atomically
 from timm_apvit.finetuning.evaluate import images_per_second
-from timm_apvit.finetuning.parsing import format_budget
+from timm_apvit.finetuning.parsing import format_budget, number
 from timm_apvit.finetuning.schedule import Schedule
 from timm_apvit.finetuning.training import Row, train
 
@@ -46,9 +46,9 @@ def main() -> None:
     add = parser.add_argument
     add('--task', choices=TASKS, default='cluttered')
     add('--contestants', nargs='+', choices=CONTESTANTS, default=list(CONTESTANTS))
-    add('--budgets', nargs='+', type=int, default=[16])
-    add('--seeds', nargs='+', type=int, default=[0])
-    add('--images', type=int, default=120_000, help='images seen in a run')
+    add('--budgets', nargs='+', type=counted, default=[16])
+    add('--seeds', nargs='+', type=number(int, 0), default=[0])
+    add('--images', type=counted, default=120_000, help='images seen in a run')
     add('--lr', type=float, help='peak learning rate (default: 1e-3; pretrained 3e-4)')
     add('--localizer-lr-scale', type=float, default=1.0)
     add('--model-kwargs', type=json.loads, default={}, metavar='JSON', help='further arguments of the adaptive model')
@@ -57,7 +57,7 @@ def main() -> None:
     add('--label', help="of what differs, in the name of its results (default: the variant, or 'elastic')")
     add('--fashion', type=Path, help="folder of Fashion-MNIST's IDX files")
     add('--weights', type=Path, help="DINOv2's ViT-S/14, for the task pretrained")
-    add('--threads', type=int, default=1)
+    add('--threads', type=counted, default=1)
     add('--device', default='cpu')
     add('--results', type=Path, default=RESULTS)
     add('--report', action='store_true', help='report only')

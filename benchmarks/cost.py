@@ -12,7 +12,6 @@ of some processes, those of both sides in turn.
 
 import argparse
 import copy
-import json
 import statistics
 import subprocess
 import sys
@@ -22,7 +21,7 @@ from typing import Any
 
 import timm
 import torch
-from environment import machine, versions
+from environment import counted, new_file, write_report
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
@@ -130,9 +129,9 @@ def main() -> None:
     """Measure, print tables, write JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--models', nargs='+', default=['apvit_tiny', 'apvit_small'])
-    parser.add_argument('--batch', type=int, default=16)
-    parser.add_argument('--repeats', type=int, default=3)
-    parser.add_argument('--output', type=Path)
+    parser.add_argument('--batch', type=counted, default=16)
+    parser.add_argument('--repeats', type=counted, default=3)
+    parser.add_argument('--output', type=new_file)
     parser.add_argument('--measure', nargs=2, metavar=('MODEL', 'MODE'), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.measure:
@@ -152,8 +151,7 @@ def main() -> None:
         lines.append(f'{m["model"]:<11} {cells[0]}   {cells[1]}')
     sys.stdout.write('\n'.join(lines) + '\n')
     if args.output:
-        report = {'command': ' '.join(sys.argv), **versions(), **machine(1), 'multiply_adds': cost, 'memory': memory}
-        args.output.write_text(json.dumps(report, indent=2) + '\n')
+        write_report(args.output, 1, multiply_adds=cost, memory=memory)
 
 
 if __name__ == '__main__':

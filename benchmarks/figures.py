@@ -10,6 +10,7 @@ import argparse
 from pathlib import Path
 
 import numpy as np
+from environment import counted
 from numpy.typing import NDArray
 from PIL import Image
 from skimage import data
@@ -32,7 +33,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--weights', type=Path, help="DINOv2's ViT-S/14, for a run that is not there yet")
     parser.add_argument('--run', type=Path, default=Path('runs/photographs'))
-    parser.add_argument('--threads', type=int, default=1)
+    parser.add_argument('--threads', type=counted, default=1)
     parser.add_argument('--output', type=Path, default=FIGURES)
     options = parser.parse_args()
     photographs = {name: getattr(data, name)() for name in PHOTOGRAPHS}

@@ -9,16 +9,14 @@ those of a model that is large enough for them to matter, on one thread, both in
 
 import argparse
 import io
-import json
 import statistics
 import sys
 import warnings
-from pathlib import Path
 from typing import Any
 
 import timm
 import torch
-from environment import machine, versions
+from environment import counted, new_file, write_report
 from timing import keep_memory, time_in_turns
 from torch import nn
 
@@ -63,9 +61,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('run')
     parser.add_argument('--speed-of', default='apvit_small', choices=timm.list_models('*apvit*'))
-    parser.add_argument('--num-patches', type=int, default=98)
-    parser.add_argument('--rounds', type=int, default=15)
-    parser.add_argument('--output', type=Path)
+    parser.add_argument('--num-patches', type=counted, default=98)
+    parser.add_argument('--rounds', type=counted, default=15)
+    parser.add_argument('--output', type=new_file)
     args = parser.parse_args()
     torch.set_num_threads(1)
     rows = measure(args.run, args.speed_of, args.num_patches, args.rounds)
@@ -75,8 +73,7 @@ def main() -> None:
             f'{row["mebibytes"]:.0f} MiB, {row["milliseconds"]:.0f} ms for 8 images\n'
         )
     if args.output:
-        setting = {**versions(), **machine(1), 'speed_of': args.speed_of, 'num_patches': args.num_patches}
-        args.output.write_text(json.dumps({'command': ' '.join(sys.argv), **setting, 'rows': rows}, indent=1) + '\n')
+        write_report(args.output, 1, speed_of=args.speed_of, num_patches=args.num_patches, rows=rows)
 
 
 if __name__ == '__main__':

@@ -11,7 +11,6 @@ All take turns. Memory is the peak of a process of its own, less what it held be
 """
 
 import argparse
-import json
 import statistics
 import subprocess
 import sys
@@ -21,7 +20,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from cost import resident
-from environment import machine, versions
+from environment import counted, new_file, write_report
 from timing import keep_memory, peak_memory, quartiles, time_in_turns
 from torch import Tensor
 
@@ -79,14 +78,14 @@ def main() -> None:
     """Measure, print a table, write JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add('--batch', type=int, default=8)
-    add('--tokens', type=int, default=196)
-    add('--source', type=int, default=224, help='side of the images, in pixels')
+    add('--batch', type=counted, default=8)
+    add('--tokens', type=counted, default=196)
+    add('--source', type=counted, default=224, help='side of the images, in pixels')
     add('--device', default='cpu')
-    add('--threads', type=int, default=1)
-    add('--rounds', type=int, default=7)
+    add('--threads', type=counted, default=1)
+    add('--rounds', type=counted, default=7)
     add('--compile', action='store_true', help='also compile what the package does')
-    add('--output', type=Path)
+    add('--output', type=new_file)
     add('--measure', choices=WAYS, help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -117,8 +116,7 @@ def main() -> None:
     if args.output:
         setting = {name: getattr(args, name) for name in ('batch', 'tokens', 'source', 'device', 'rounds')}
         found = {'bound_milliseconds': 1000 * bound, 'gigabytes_per_second': 1e-9 / per_byte, 'ways': rows}
-        report = {'command': ' '.join(sys.argv), **versions(), **machine(args.threads), **setting, **found}
-        args.output.write_text(json.dumps(report, indent=1) + '\n')
+        write_report(args.output, args.threads, **setting, **found)
 
 
 def memory(way: str, args: argparse.Namespace) -> float:

@@ -13,17 +13,15 @@ page faults would move either side by several percent, by chance.
 
 import argparse
 import itertools
-import json
 import statistics
 import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import timm
 import torch
 from cost import multiply_adds
-from environment import machine, versions
+from environment import counted, new_file, write_report
 from parts import time_parts
 from timing import keep_memory, peak_memory, quartiles, time_in_turns
 from torch import Tensor, nn
@@ -45,9 +43,8 @@ def main() -> None:
         sys.stdout.write(shown(rows[-1]) + '\n')
         sys.stdout.flush()
     if options.output:
-        setting = {**versions(), **machine(options.threads), 'device': options.device, 'rounds': options.rounds}
-        report = {'command': ' '.join(sys.argv), **setting, 'system_allocator': options.system_allocator, 'rows': rows}
-        options.output.write_text(json.dumps(report, indent=1) + '\n')
+        setting = {name: getattr(options, name) for name in ('device', 'rounds', 'system_allocator')}
+        write_report(options.output, options.threads, **setting, rows=rows)
 
 
 def parse_options() -> argparse.Namespace:
@@ -55,19 +52,19 @@ def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add('--models', nargs='+', default=['apvit_tiny', 'apvit_small', 'apvit_base'], choices=timm.list_models('apvit*'))
-    add('--tokens', nargs='+', type=int, default=[FULL], help='numbers of patches')
-    add('--sources', nargs='+', type=int, default=[SIDE], help="sides of the APViT's images, in pixels")
+    add('--tokens', nargs='+', type=counted, default=[FULL], help='numbers of patches')
+    add('--sources', nargs='+', type=counted, default=[SIDE], help="sides of the APViT's images, in pixels")
     add('--modes', nargs='+', default=['forward'], choices=['forward', 'train'])
-    add('--batches', nargs='+', type=int, default=[8])
+    add('--batches', nargs='+', type=counted, default=[8])
     add('--dtypes', nargs='+', default=['float32'], choices=['float32', 'bfloat16', 'float16'])
     add('--compile', action='store_true', help='compile both sides')
     add('--channels-last', action='store_true', help="both sides' weights and images")
     add('--parts', action='store_true', help='also say where the time goes; not with --compile')
     add('--device', default='cpu')
-    add('--threads', type=int, default=1)
-    add('--rounds', type=int, default=15)
+    add('--threads', type=counted, default=1)
+    add('--rounds', type=counted, default=15)
     add('--system-allocator', action='store_true', help="leave the C library's allocator as it is")
-    add('--output', type=Path)
+    add('--output', type=new_file)
     options = parser.parse_args()
     if options.parts and options.compile:
         parser.error('expected --parts or --compile, got both')

@@ -10,9 +10,8 @@ import json
 import statistics
 import subprocess
 import sys
-from pathlib import Path
 
-from environment import machine, versions
+from environment import counted, new_file, write_report
 
 MEASURE = """
 import json, statistics, sys, time
@@ -35,8 +34,8 @@ def main() -> None:
     """Measure, print, write JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--model', default='apvit_small')
-    parser.add_argument('--processes', type=int, default=5)
-    parser.add_argument('--output', type=Path)
+    parser.add_argument('--processes', type=counted, default=5)
+    parser.add_argument('--output', type=new_file)
     args = parser.parse_args()
     command = [sys.executable, '-c', MEASURE, args.model]
     runs = [
@@ -52,8 +51,7 @@ def main() -> None:
         f'{args.model} is made in {found["creation_to_vit"]:.2f} x the time of its ViT.\n'
     )
     if args.output:
-        report = {'command': ' '.join(sys.argv), **versions(), **machine(1), 'model': args.model, **found, 'runs': runs}
-        args.output.write_text(json.dumps(report, indent=1) + '\n')
+        write_report(args.output, 1, model=args.model, **found, runs=runs)
 
 
 if __name__ == '__main__':

@@ -7,14 +7,12 @@ median of these ratios counts, and their quartiles tell how far to trust it.
 """
 
 import argparse
-import json
 import statistics
 import sys
-from pathlib import Path
 
 import timm
 import torch
-from environment import machine, versions
+from environment import counted, new_file, write_report
 from timing import keep_memory, quartiles, time_in_turns
 
 import timm_apvit
@@ -26,10 +24,10 @@ def main() -> None:
     """Measure, print a table, write JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--model', default='apvit_small', choices=timm.list_models('*apvit*'))
-    parser.add_argument('--batch', type=int, default=8)
-    parser.add_argument('--rounds', type=int, default=15)
-    parser.add_argument('--threads', type=int, default=1)
-    parser.add_argument('--output', type=Path)
+    parser.add_argument('--batch', type=counted, default=8)
+    parser.add_argument('--rounds', type=counted, default=15)
+    parser.add_argument('--threads', type=counted, default=1)
+    parser.add_argument('--output', type=new_file)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
@@ -49,9 +47,7 @@ def main() -> None:
             f'{name:<18} {rows[-1]["milliseconds"]:>7.0f} ms   {middle:.3f} x {REFERENCE} ({low:.3f} to {high:.3f})\n'
         )
     if args.output:
-        setting = {**versions(), **machine(args.threads), 'model': args.model, 'batch': args.batch}
-        report = {'command': ' '.join(sys.argv), **setting, 'families': rows}
-        args.output.write_text(json.dumps(report, indent=1) + '\n')
+        write_report(args.output, args.threads, model=args.model, batch=args.batch, families=rows)
 
 
 if __name__ == '__main__':

@@ -25,6 +25,22 @@ from timm_apvit.__main__ import main  # noqa: E402
 from timm_apvit.finetuning.clutter import Clutter, ClutteredObjects  # noqa: E402
 
 
+@pytest.mark.parametrize('benchmark', [cost, int8, sampling, speed, startup, transforms])
+@pytest.mark.parametrize('output', ['no/such/folder/x.json', '.'])
+def test_rejects_before_measuring_what_cannot_be_written(benchmark, output, monkeypatch, capsys):
+    monkeypatch.setattr(sys, 'argv', ['benchmark', '--output', output])
+    with pytest.raises(SystemExit):
+        benchmark.main()
+    assert f'expected a file in a folder that can be written to, got {output!r}' in capsys.readouterr().err
+
+
+def test_rejects_to_measure_no_rounds(monkeypatch, capsys):
+    monkeypatch.setattr(sys, 'argv', ['benchmark', '--rounds', '0'])
+    with pytest.raises(SystemExit):
+        transforms.main()
+    assert 'expected an integer >= 1' in capsys.readouterr().err
+
+
 @pytest.mark.parametrize('name', CONTESTANTS)
 def test_contestants_take_the_same_images_at_the_same_budget(name):
     model = create_contestant(name, 112, 16, None).eval()

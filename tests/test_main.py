@@ -47,6 +47,45 @@ def test_help_has_a_line_for_each_command_and_an_example_that_parses(path, name,
         make_parser(name).parse_args(words)
 
 
+@pytest.fixture
+def own_family(tmp_path):
+    """The file of the README's own family of transforms, as a module of another folder."""
+    snippets = re.findall(r'```python\n(.*?)```', (PROJECT.parent / 'README.md').read_text(), re.S)
+    (source,) = (snippet for snippet in snippets if 'register_transform' in snippet)
+    (tmp_path / 'keystones.py').write_text(source.partition('model = ')[0])
+    return tmp_path
+
+
+@pytest.mark.parametrize('program', [['-m', 'timm_apvit'], [str(Path(sys.executable).with_name(PROGRAM))]])
+def test_models_of_an_own_family_are_trained_and_measured_where_its_module_is_named(own_family, program):
+    if not (program[0] == '-m' or Path(program[0]).exists()):
+        pytest.skip(f'{PROGRAM} is not installed')
+    trained = ['--img-size', '32', '--num-patches', '4', '--samples', '8', '--test-samples', '4', '--batch-size', '4']
+    trained += ['--epochs', '1', '--no-twin', '--transform', 'keystone', '--output', 'run', '--device', 'cpu']
+    named = ['--import', 'keystones']
+
+    def runs(*arguments):
+        return subprocess.run([sys.executable, *program, *arguments], cwd=own_family, capture_output=True, text=True)
+
+    refused = runs('finetune', *trained)
+    assert refused.returncode == 2
+    assert "got 'keystone'" in refused.stderr
+    assert '--import' in refused.stderr
+    done = runs('finetune', *trained, *named)
+    assert done.returncode == 0, done.stderr
+    assert 'keystone' in (own_family / 'run/best/config.json').read_text()
+    assert runs('evaluate', *named, 'run').returncode == 0
+
+
+@pytest.mark.parametrize(('module', 'message'), [('no_such_module', 'ModuleNotFoundError'), ('broken', 'ZeroDivision')])
+def test_rejects_modules_that_cannot_be_imported(module, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'broken.py').write_text('1 / 0')
+    status, output = said(capsys, 'finetune', '--import', module)
+    assert status == 2
+    assert f'cannot import {module!r}: {message}' in output.err
+
+
 def completions(script, *words):
     """What bash offers for the last of the words."""
     program = f"""

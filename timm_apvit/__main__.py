@@ -1,10 +1,11 @@
 """The command line: ``timm-apvit COMMAND``, or ``python -m timm_apvit COMMAND``."""
 
 import argparse
+import importlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from timm_apvit import __version__
 from timm_apvit.completion import add_completion_argument
@@ -42,6 +43,18 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f'error: {message} (see {self.prog} --help)\n')
 
 
+class _Import(argparse.Action):
+    """Import a module, from the current folder too, as soon as it is named."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: Any, module: Any, option: Any = None) -> None:
+        if str(Path.cwd()) not in sys.path:
+            sys.path.append(str(Path.cwd()))  # as python -m does and an installed script does not
+        try:
+            importlib.import_module(module)
+        except Exception as error:  # whatever its code raises
+            parser.error(f'cannot import {module!r}: {type(error).__name__}: {error}')
+
+
 def make_parser(prog: str) -> argparse.ArgumentParser:
     """Parser of the command line of a program of this name."""
     parser = _Parser(
@@ -56,6 +69,13 @@ def make_parser(prog: str) -> argparse.ArgumentParser:
     for name, help_text, add, run in COMMANDS:
         command = commands.add_parser(name, help=help_text, description=f'{help_text[0].upper()}{help_text[1:]}.')
         add(command)
+        command.add_argument(
+            '--import',
+            action=_Import,
+            default=argparse.SUPPRESS,
+            metavar='MODULE',
+            help='Python module to import first, such as one with a transform family of your own',
+        )
         command.set_defaults(run=run)
     return parser
 

@@ -239,7 +239,8 @@ def transform_family(name: Any) -> type[PatchTransform]:
     """
     if not isinstance(name, str) or name not in TRANSFORMS:
         raise ValueError(
-            f'expected transform to be one of {", ".join(TRANSFORMS)}, or one given to register_transform, got {name!r}'
+            f'expected transform to be one of {", ".join(TRANSFORMS)}, or one given to register_transform by a module '
+            f'that is imported before (on the command line with --import), got {name!r}'
         )
     return TRANSFORMS[name]
 
