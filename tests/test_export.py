@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import timm
 import torch
-from conftest import assert_equal_up_to_rounding, create, images, refused
+from conftest import assert_equal_up_to_rounding, create, images, randomise, refused
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -78,6 +78,24 @@ def test_onnx_file_gives_the_logits_of_any_batch(
     for batch in (1, 3, 7):
         image = images(batch, 3, *((40, 24) if options else (32, 32)))
         torch.testing.assert_close(run_onnx(path, image), model(image), rtol=0, atol=1e-4)
+
+
+@pytest.mark.filterwarnings('ignore')
+@pytest.mark.parametrize('use_dynamo', [False, True])
+def test_exporter_of_timm_gives_the_logits(tmp_path: Path, use_dynamo: bool) -> None:
+    for name in ONNX:
+        pytest.importorskip(name)
+    from timm.utils import onnx
+
+    model = randomise(tiny(num_patches=5, transform='similarity')).eval()
+    onnx.onnx_export(
+        model, str(tmp_path / 'x.onnx'), batch_size=2, input_size=(3, 32, 32), opset=18, use_dynamo=use_dynamo
+    )
+    image = torch.randn(2, 3, 32, 32)
+    with torch.inference_mode():
+        expected = model(image)
+    logits = torch.from_numpy(onnx.onnx_forward(str(tmp_path / 'x.onnx'), image))
+    assert_equal_up_to_rounding(logits, expected)
 
 
 def test_program_gives_the_logits_without_this_package(saved: Path, tmp_path: Path) -> None:

@@ -49,7 +49,9 @@ def indexed_grid_sample(texture: Tensor, grid: Tensor, padding_mode: str) -> Ten
 def resize(image: Tensor, size: list[int], mode: str) -> Tensor:
     """Resize ``(B, C, H, W)``, anti-aliased, to ``size`` (h, w); ``mode`` is ``'bilinear'`` or ``'bicubic'``."""
     if not torch.jit.is_scripting():  # noqa: SIM102
-        if image.requires_grad and torch.are_deterministic_algorithms_enabled():
+        refused = image.requires_grad and torch.are_deterministic_algorithms_enabled()
+        # PyTorch's former exporter to ONNX, which traces, knows nothing of anti-aliasing.
+        if refused or (torch.jit.is_tracing() and torch.onnx.is_in_onnx_export()):
             return multiplied_resize(image, size, mode)
     return F.interpolate(image, size=size, mode=mode, antialias=True)
 
@@ -61,10 +63,19 @@ def multiplied_resize(image: Tensor, size: list[int], mode: str) -> Tensor:
 
 
 def _resizing(image: Tensor, axis: int, length: int, mode: str) -> Tensor:
-    """The matrix that resizes an axis of n pixels to a length: ``(length, n)``; what becomes of the unit matrix."""
+    """The matrix that resizes an axis of n pixels to a length: ``(length, n)``; each row sums to 1."""
     pixels = image.shape[2 + axis]
-    unit = torch.eye(pixels, device=image.device, dtype=image.dtype)
-    return F.interpolate(unit[None, None], size=[length, pixels], mode=mode, antialias=True)[0, 0]
+    stretch = pixels / length
+    centres = (torch.arange(length, device=image.device, dtype=image.dtype) + 0.5) * stretch
+    distance = torch.arange(pixels, device=image.device, dtype=image.dtype) + 0.5 - centres[:, None]
+    distance = distance.abs() / max(stretch, 1.0)
+    if mode == 'bilinear':
+        weights = (1 - distance).clamp(min=0)
+    else:  # Keys 1981, with a = -0.5, as Pillow has it
+        near = (1.5 * distance - 2.5) * distance**2 + 1
+        far = ((2.5 - 0.5 * distance) * distance - 4) * distance + 2
+        weights = torch.where(distance < 1, near, far) * (distance < 2)
+    return weights / weights.sum(dim=1, keepdim=True)
 
 
 def _held(position: Tensor, count: int) -> Tensor:
