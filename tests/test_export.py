@@ -187,7 +187,7 @@ def test_rejects_bad_input(saved: Path, tmp_path: Path, capsys: pytest.CaptureFi
         ([saved, '-o', tmp_path / 'there.pt2'], 'expected a file that does not exist yet, got '),
         ([saved], 'required: -o/--output'),
         ([tmp_path, '-o', good], 'which holds neither config.yaml nor config.json'),
-        ([tmp_path / 'none', '-o', good], 'expected a registered model'),
+        ([tmp_path / 'none', '-o', good], 'expected the folder of a run or of a saved model, got'),
         (['test_vit', '-o', good], "expected an APViT, got 'test_vit'"),
         (['test_apvit', '--checkpoint', tmp_path / 'none', '-o', good], 'expected a checkpoint file, got '),
         ([saved, '-o', good, '--num-patches', '1,4'], 'expected N or GHxGW'),

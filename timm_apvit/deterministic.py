@@ -48,10 +48,10 @@ def indexed_grid_sample(texture: Tensor, grid: Tensor, padding_mode: str) -> Ten
 
 def resize(image: Tensor, size: list[int], mode: str) -> Tensor:
     """Resize ``(B, C, H, W)``, anti-aliased, to ``size`` (h, w); ``mode`` is ``'bilinear'`` or ``'bicubic'``."""
-    if not torch.jit.is_scripting():  # noqa: SIM102
+    if not torch.jit.is_scripting():
         refused = image.requires_grad and torch.are_deterministic_algorithms_enabled()
         # PyTorch's former exporter to ONNX, which traces, knows nothing of anti-aliasing.
-        if refused or (torch.jit.is_tracing() and torch.onnx.is_in_onnx_export()):
+        if refused or torch.onnx.is_in_onnx_export():
             return multiplied_resize(image, size, mode)
     return F.interpolate(image, size=size, mode=mode, antialias=True)
 

@@ -141,10 +141,10 @@ def test_registered_model_takes_weights_with_their_own_classes(folder: Path, tmp
 @pytest.mark.parametrize(
     ('arguments', 'message'),
     [
-        ('{}/none {}/images', 'expected a registered model, such as'),
-        ('local-dir:{}/none {}/images', 'was none saved yet?'),
+        ('{}/none {}/images', 'expected the folder of a run or of a saved model, got'),
+        ('local-dir:{}/none {}/images', 'expected a folder with a model, got '),
         ('local-dir:{}/model', "expected DATA, or a run's folder"),
-        ('{}/model {}/images', "expected a run's folder, which holds config.yaml, or local-dir:"),
+        ('{} {}/images', 'which holds neither config.yaml nor config.json'),
         ('local-dir:{}/model {}/none', 'which is not a folder'),
         ('local-dir:{}/other {}/images', 'expected data of 3 classes, as the model has, got 2: cat, dog'),
         ('local-dir:{}/model {}/images --class-map {}/turned.txt', 'expected the classes in the order of the model'),
@@ -180,7 +180,7 @@ def test_run_without_a_checkpoint_has_nothing_to_evaluate(
 ) -> None:
     (tmp_path / 'config.yaml').write_text((run / 'config.yaml').read_text())
     assert main(['evaluate', str(tmp_path), '--device', 'cpu']) == 2
-    assert 'was none saved yet?' in capsys.readouterr().err
+    assert 'expected a run with a saved model, got ' in capsys.readouterr().err
 
 
 def test_run_on_a_folder_is_evaluated_with_its_own_crop(folder: Path, tmp_path: Path) -> None:
@@ -190,7 +190,7 @@ def test_run_on_a_folder_is_evaluated_with_its_own_crop(folder: Path, tmp_path: 
     assert json.loads((output / 'best/config.json').read_text())['pretrained_cfg']['crop_pct'] == 0.5
     expected = json.loads((output / 'metrics.jsonl').read_text())['test_loss']
     losses = []
-    for command in ([str(output)], [f'local-dir:{output / "best"}', str(folder)], [str(output), '--crop-pct', '1']):
+    for command in ([str(output)], [str(output / 'best'), str(folder)], [str(output), '--crop-pct', '1']):
         assert main(['evaluate', *command, '--device', 'cpu', '--json', str(file)]) == 0
         losses.append(json.loads(file.read_text())['rows'][0]['loss'])
     assert losses[0] == pytest.approx(expected, rel=1e-5)

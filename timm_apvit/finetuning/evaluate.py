@@ -16,13 +16,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from timm_apvit import __version__
-from timm_apvit.finetuning.checkpoints import BEST, CONFIG_FILE, write_atomically
+from timm_apvit.finetuning.checkpoints import CONFIG_FILE, write_atomically
 from timm_apvit.finetuning.config import resumed_options
 from timm_apvit.finetuning.data import Splits, some_samples
 from timm_apvit.finetuning.data_options import DATA_HELP, DataOptions, add_data_arguments
 from timm_apvit.finetuning.evaluation import autocast, evaluate
 from timm_apvit.finetuning.failures import explain
-from timm_apvit.finetuning.models import create_model, load_weights
+from timm_apvit.finetuning.models import load_model, load_weights
 from timm_apvit.finetuning.options import Options
 from timm_apvit.finetuning.parsing import Budget, count, format_budget, number, parse_num_patches
 from timm_apvit.finetuning.preparation import checked_device
@@ -62,8 +62,8 @@ def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         'model',
         metavar='MODEL',
-        help="folder of a run (its best model), local-dir:DIR, hf-hub:NAME, or a registered model's name, with its "
-        'pretrained weights or those of --checkpoint',
+        help="folder of a run (its best model) or of a saved model, a model's name on the Hugging Face Hub, or a "
+        "registered model's name, with its pretrained weights or those of --checkpoint",
     )
     parser.add_argument('data', nargs='?', metavar='DATA', help=f"{DATA_HELP}, or the run's own")
     add = parser.add_argument_group('evaluation').add_argument
@@ -119,7 +119,8 @@ def load_subject(given: dict[str, Any]) -> Subject:
     if not is_run and given.get('data') is None:
         raise ValueError(f"expected DATA, or a run's folder, which knows its own, got {given['model']!r} alone")
     options = resumed_options(run, {}) if is_run else Options()
-    model = _load_model(f'local-dir:{run / BEST}' if is_run else given['model'], given.get('checkpoint'))
+    checkpoint = given.get('checkpoint')
+    model = load_model(given['model']) if checkpoint is None else load_weights(given['model'], checkpoint)
     source = options if given.get('data') is None else Options()
     source = replace(source, **{name: given[name] for name in DATA_NAMES if name in given})
     data_config = image_config(model)
@@ -131,17 +132,6 @@ def load_subject(given: dict[str, Any]) -> Subject:
     _check_classes(model, splits)
     budgets = given.get('num_patches') or options.num_patches or (model.patch_embed.requested or model.num_patches,)
     return Subject(model.to(device).eval(), splits, budgets, given.get('batch_size', 64), workers, amp)
-
-
-def _load_model(name: str, checkpoint: str | None) -> APViT:
-    """Load a model with its own classes."""
-    if checkpoint is None:
-        if name.startswith('local-dir:') and not Path(name.partition(':')[2]).is_dir():
-            raise FileNotFoundError(f'expected a folder with a model, got {name!r}: was none saved yet?')
-        if not timm.is_model(name.partition('.')[0]) and Path(name).is_dir():
-            raise ValueError(f"expected a run's folder, which holds {CONFIG_FILE}, or local-dir:{name}, got {name!r}")
-        return create_model(Options(model=name, pretrained=True), None, weights=True)
-    return load_weights(name, checkpoint)
 
 
 def _check_classes(model: APViT, splits: Splits) -> None:

@@ -148,8 +148,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         '--lr',
         type=positive,
-        help='peak learning rate (default: 1e-3; without DATA 2e-3, for a small model; from given weights 2e-4, which '
-        'keeps what they know)',
+        help='peak learning rate (default: 1e-3; from given weights 2e-4, which keeps what they know)',
     )
     add(
         '--layer-decay',

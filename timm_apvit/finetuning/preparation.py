@@ -181,11 +181,10 @@ def with_defaults(options: Options) -> Options:
         changes.update({name: value for name, value in usual.items() if getattr(options, name) is None})
     fine_tuned = _is_fine_tuned(options)
     epochs = options.epochs or (6 if embedded else 10)
-    scratch_lr = 2e-3 if embedded else 1e-3
     filled = {
         'twin': embedded,
         'epochs': epochs,
-        'lr': 2e-4 if fine_tuned else scratch_lr,
+        'lr': 2e-4 if fine_tuned else 1e-3,
         'layer_decay': 0.75 if fine_tuned else 1.0,
         'warmup': epochs / 10,
     }
