@@ -37,6 +37,7 @@ from timm_apvit.finetuning.training import Row, train
 RESULTS = Path(__file__).parent / 'results'
 EPOCHS = 12
 # Of the schedule, what only a model with focus knows.
+AMP = {'none': None, 'bfloat16': 'bfloat16', 'float16': 'float16'}
 FOCUS_FIELDS = ('guide_weight', 'whole_share')
 
 
@@ -59,6 +60,7 @@ def main() -> None:
     add('--weights', type=Path, help="DINOv2's ViT-S/14, for the task pretrained")
     add('--threads', type=counted, default=1)
     add('--device', default='cpu')
+    add('--amp', choices=AMP, help='(default: none; pretrained bfloat16)')
     add('--results', type=Path, default=RESULTS)
     add('--report', action='store_true', help='report only')
     add('--speed', action='store_true', help='measure the speed of what has been trained, and train nothing')
@@ -159,7 +161,7 @@ def schedule_of(options: argparse.Namespace, contestant: str, budgets: tuple[int
         freeze_localizer_epochs=EPOCHS if contestant == 'frozen' else 0,
         guide_weight=1.0 if pretrained else 0.0,
         whole_share=0.1 if pretrained else 0.0,
-        amp='bfloat16' if pretrained else None,
+        amp=AMP[options.amp or ('bfloat16' if pretrained else 'none')],
     )
 
 
