@@ -28,7 +28,8 @@ from fashion import TASKS, load_task
 from torch import nn
 
 from timm_apvit import APViT
-from timm_apvit.finetuning.checkpoints import CheckpointStore, write_atomically
+from timm_apvit.files import write_atomically
+from timm_apvit.finetuning.checkpoints import CheckpointStore
 from timm_apvit.finetuning.evaluate import images_per_second
 from timm_apvit.finetuning.parsing import format_budget, number
 from timm_apvit.finetuning.schedule import Schedule

@@ -2,8 +2,6 @@
 
 import argparse
 import json
-import os
-import platform
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,7 +10,8 @@ import timm
 import torch
 
 import timm_apvit
-from timm_apvit.finetuning.checkpoints import write_atomically
+from timm_apvit.files import check_writable, write_atomically
+from timm_apvit.finetuning.evaluate import processor
 from timm_apvit.finetuning.parsing import number
 
 counted = number(int, 1)
@@ -20,10 +19,11 @@ counted = number(int, 1)
 
 def new_file(text: str) -> Path:
     """Parse the path of a file to write, for argparse: what took an hour to measure has somewhere to go."""
-    path = Path(text)
-    if path.is_dir() or not os.access(path.absolute().parent, os.W_OK):
-        raise argparse.ArgumentTypeError(f'expected a file in a folder that can be written to, got {text!r}')
-    return path
+    try:
+        check_writable(text)
+    except OSError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return Path(text)
 
 
 def write_report(path: Path, threads: int, **found: Any) -> None:
@@ -34,7 +34,7 @@ def write_report(path: Path, threads: int, **found: Any) -> None:
 
 def machine(threads: int) -> dict[str, Any]:
     """What figures were taken on."""
-    return {'processor': platform.processor() or platform.machine(), 'threads': threads}
+    return {'processor': processor(), 'threads': threads}
 
 
 def versions() -> dict[str, str]:

@@ -17,7 +17,8 @@ from skimage import data
 
 from timm_apvit.__main__ import main as timm_apvit
 from timm_apvit.figures import load_drawing
-from timm_apvit.finetuning.checkpoints import replacing, snapshots
+from timm_apvit.files import replacing
+from timm_apvit.finetuning.checkpoints import snapshots
 from timm_apvit.finetuning.models import load_model
 from timm_apvit.visualize import animate_training, compare, plot_patches
 

@@ -225,6 +225,8 @@ class UploadHandler(HubRequestHandler):
                 files[value['path']] = base64.b64decode(value['content'])
             elif line['key'] == 'lfsFile':
                 files[value['path']] = self.server.stored[value['oid']]
+            elif line['key'] == 'deletedFile':
+                del files[value['path']]
         answer = {}
         if 'create_pr=1' in self.path:
             number = 1 + sum(each.startswith('refs/pr/') for each in self.server.branches.get(repository, {}))

@@ -11,7 +11,8 @@ from hub_uploads import front_matter, problems_of_card
 from huggingface_hub import ModelCard
 
 from timm_apvit import CardDetails
-from timm_apvit.card import model_card, results_table, with_origin
+from timm_apvit.card import model_card, with_origin
+from timm_apvit.results import results_table
 
 VIT = 'timm/vit_small_patch16_224.augreg_in21k_ft_in1k'
 ROWS = [
@@ -175,6 +176,24 @@ def test_rejects_results_that_are_no_finite_numbers(change):
         CardDetails(results={'rows': [ROWS[0], {**ROWS[1], **change}]})
 
 
+@pytest.mark.parametrize(('results', 'message'), [
+    ({'rows': [{**ROWS[0], 'images_per_second': 3.0}]}, 'expected images_per_second by size of the batch, got 3.0'),
+    ({'rows': [{**ROWS[0], 'images_per_second': {'1': 'fast'}}]}, "finite numbers, got 1='fast'"),
+    ({'rows': ROWS, 'options': None}, 'expected options by name, got None'),
+    ({'rows': ROWS, 'versions': 'new'}, "expected versions by name, got 'new'"),
+])  # fmt: skip
+def test_rejects_results_of_another_shape(results, message):
+    with pytest.raises(ValueError, match=message):
+        CardDetails(results=results)
+
+
+def test_table_has_the_speeds_that_all_rows_have():
+    rows = [{**ROWS[0], 'images_per_second': {'1': 2.0, '64': 3.0}}, {**ROWS[1], 'images_per_second': {'1': 4.0}}]
+    table = results_table({'rows': rows}, 'birds')
+    assert 'images/s alone |\n' in table
+    assert '64' not in table.partition('\n')[0]
+
+
 def test_rejects_a_picture_that_is_not_there(tmp_path):
     with pytest.raises(FileNotFoundError, match='expected a picture, got'):
         CardDetails(picture=tmp_path / 'none.png')
@@ -185,13 +204,14 @@ def test_rejects_one_string_for_the_datasets():
         CardDetails(datasets='me/birds')
 
 
-def test_snippet_runs(tmp_path, monkeypatch):
+@pytest.mark.parametrize('channels', [1, 3, 4])
+def test_snippet_runs(channels, tmp_path, monkeypatch):
     """As it stands, but for where the weights lie."""
     from PIL import Image
 
     import timm_apvit
 
-    model = create(num_classes=2, img_size=64)
+    model = create(num_classes=2, img_size=64, in_chans=channels)
     timm_apvit.save_pretrained(model, tmp_path / 'saved', label_names=['cat', 'dog'])
     Image.new('RGB', (50, 70), 'red').save(tmp_path / 'image.jpg')
     monkeypatch.chdir(tmp_path)

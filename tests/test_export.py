@@ -211,7 +211,7 @@ def test_rejects_onnx_without_what_writes_it(
 
 def test_rejects_in_python(tmp_path: Path) -> None:
     for model, kwargs, error, message in (
-        (nn.Linear(1, 1), {}, TypeError, 'expected an APViT, got a Linear'),
+        (nn.Linear(1, 1), {}, ValueError, 'expected an APViT, got Linear'),
         (tiny(), {'format': 'x'}, ValueError, "expected a format among onnx, torch, aoti, got 'x'"),
     ):
         with pytest.raises(error, match=message):

@@ -192,6 +192,12 @@ def test_readme_that_exists_is_kept_unless_asked(hub):
     assert after['model.safetensors'] == own['model.safetensors']
 
 
+def test_card_of_a_pull_request_tells_how_to_pull_what_it_is_merged_into(hub):
+    card = hub.server.branches['me/model']['refs/pr/1']['README.md'].decode()
+    assert "'hf-hub:me/model'" in card
+    assert 'refs/pr' not in card
+
+
 def test_card_tells_how_to_pull_the_branch(hub):
     at_branch = hub.server.branches['me/model']['v2']
     # The branch began with the card of main, which is kept.

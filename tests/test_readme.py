@@ -22,7 +22,7 @@ BLOCKS = re.findall(r'```python\n(.*?)```', README.read_text(), re.DOTALL)
 COMMANDS = re.findall(r'^ {4}.*?\bpython -m timm_apvit ((?:.*\\\n)*.*)', README.read_text(), re.M)
 
 
-# What goes to the Hub is run in test_hub.
+# What goes to the Hub is run in finetuning/test_hub_readme.
 @pytest.mark.filterwarnings('ignore:::lightning')
 @pytest.mark.parametrize('block', [block for block in BLOCKS if 'push_to_hub' not in block], ids=range(9))
 def test_snippets_run(block, tmp_path, monkeypatch):

@@ -123,7 +123,7 @@ def test_script_sees_what_it_sees_without_us_and_its_workers_have_our_models(tmp
     folder.mkdir()
     (folder / 'facts.py').write_text(FACTS)
     (folder / 'beside.py').write_text('')
-    arguments = ['scripts/facts.py', '--help', '--', '-x', 'a b']
+    arguments = ['scripts/facts.py', '--', '--help', '--', '-x', 'a b']
     ran, plain = (python(*start, *arguments, cwd=tmp_path) for start in (('-m', 'timm_apvit', 'run'), ()))
     assert ran.returncode == plain.returncode == 0, ran.stderr
     ours, theirs = json.loads(ran.stdout), json.loads(plain.stdout)

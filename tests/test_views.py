@@ -171,8 +171,19 @@ def test_shape_of_other_channels_and_types(channels: int) -> None:
     assert view.patches.dtype == torch.float32
 
 
+def test_modules_stay_in_the_mode_that_they_were_in() -> None:
+    model: Any = create(img_size=32).train()
+    model.blocks.eval()
+    view_patches(model, torch.rand(3, 20, 30), 3)
+    assert model.training
+    assert not any(module.training for module in model.blocks.modules())
+    model.eval().pos_drop.train()
+    view_patches(model, torch.rand(3, 20, 30))
+    assert [name for name, module in model.named_modules() if module.training] == ['pos_drop']
+
+
 def test_rejects_other_models_and_attention_that_cannot_be_read() -> None:
-    with pytest.raises(ValueError, match='expected an APViT, got a VisionTransformer'):
+    with pytest.raises(ValueError, match='expected an APViT, got VisionTransformer'):
         view_patches(timm.create_model('test_vit'), torch.rand(3, 8, 8))  # type: ignore[arg-type]
     model: Any = create(img_size=32)
     model.blocks[-1].attn = torch.nn.Identity()

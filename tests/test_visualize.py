@@ -274,7 +274,7 @@ def test_196_patches_are_told_apart() -> None:
         (lambda model: animate(model, torch.rand(3, 8, 8), (1,), seconds=-1), 'seconds between 0.01 and .*, got -1'),
         (lambda model: animate(model, torch.rand(3, 8, 8), ()), 'one number of patches or more, got none'),
         (lambda model: animate_training([], torch.rand(3, 8, 8)), 'one model or more, got none'),
-        (lambda model: plot_patches(model.blocks, torch.rand(3, 8, 8)), 'expected an APViT, got a Sequential'),
+        (lambda model: plot_patches(model.blocks, torch.rand(3, 8, 8)), 'expected an APViT, got Sequential'),
     ],
 )
 def test_rejects_what_cannot_be_drawn(draw: Callable[[Any], Any], message: str) -> None:

@@ -14,8 +14,8 @@ from timm_apvit.finetuning.evaluate import add_evaluate_arguments, evaluate_comm
 from timm_apvit.finetuning.export import add_export_arguments, export_command
 from timm_apvit.finetuning.options import add_arguments
 from timm_apvit.finetuning.push import add_push_arguments, push_command
+from timm_apvit.finetuning.show import add_show_arguments, show_command
 from timm_apvit.script import add_run_arguments, run_command
-from timm_apvit.show import add_show_arguments, show_command
 
 PROGRAM = 'timm-apvit'
 COMMANDS = (

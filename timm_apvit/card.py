@@ -1,6 +1,5 @@
 """Model cards: what a model on the Hub is, how to use it, what it is worth, and where it ends."""
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,17 +8,11 @@ from typing import Any
 import timm
 from huggingface_hub import EvalResult, ModelCardData
 
+from timm_apvit.results import check_results, results_table
 from timm_apvit.vision_transformer import APViT
 
 TAGS = ('timm', 'apvit')
 PICTURE = 'patches.png'
-# Columns of the table of results: key of a row, title, format.
-COLUMNS = (
-    ('top1', 'top-1', '.3f'),
-    ('top5', 'top-5', '.3f'),
-    ('loss', 'loss', '.3f'),
-    ('multiply_adds', 'M multiply-adds', '.1f'),
-)
 MOST_LABELS = 20
 
 
@@ -55,20 +48,6 @@ class CardDetails:
             check_results(self.results)
         if self.picture is not None and not Path(self.picture).is_file():
             raise FileNotFoundError(f'expected a picture, got {str(self.picture)!r}, which is not a file')
-
-
-def check_results(results: Any) -> None:
-    """Raise ValueError unless a table can be made of results."""
-    rows = results.get('rows') if isinstance(results, Mapping) else None
-    if not isinstance(rows, list | tuple) or not rows or not all(isinstance(row, Mapping) for row in rows):
-        raise ValueError(f'expected results with rows, as evaluate writes them, got {_shortened(results)}')
-    for row in rows:
-        if not {'budget', 'num_patches', 'top1'} <= row.keys():
-            raise ValueError(f'expected rows with budget, num_patches and top1, got {_shortened(row)}')
-        for key, _, _ in COLUMNS:
-            value = row.get(key, 0)
-            if not isinstance(value, int | float) or not math.isfinite(value):
-                raise ValueError(f'expected rows with finite numbers, got {key}={value!r} at {row["budget"]} patches')
 
 
 def model_card(
@@ -239,28 +218,6 @@ def _facts(model: APViT) -> str:
     return '\n'.join(['| | |', '|---|---|', *(f'| {key} | {value} |' for key, value in rows)])
 
 
-def results_table(results: Mapping[str, Any], dataset_name: str) -> str:
-    """Accuracy, cost and speed by number of patches, as a Markdown table, and what it was measured on."""
-    rows = results['rows']
-    columns = [column for column in COLUMNS if all(column[0] in row for row in rows)]
-    sizes = list(rows[0].get('images_per_second', {}))
-    titles = ['patches', *(title for _, title, _ in columns)]
-    titles += ['images/s alone' if size == '1' else f'images/s in batches of {size}' for size in sizes]
-    lines = [f'| {" | ".join(titles)} |', '|---' * len(titles) + '|']
-    for row in rows:
-        cells = [str(row['budget'])]
-        cells += [format(row[key] / (1e6 if key == 'multiply_adds' else 1), spec) for key, _, spec in columns]
-        cells += [f'{row["images_per_second"].get(size, float("nan")):.1f}' for size in sizes]
-        lines.append(f'| {" | ".join(cells)} |')
-    said = [f'{rows[0]["images"]} images of {dataset_name}' if 'images' in rows[0] else f'On {dataset_name}']
-    versions = ', '.join(f'{key} {value}' for key, value in results.get('versions', {}).items())
-    threads = f', {results["threads"]} threads' if 'threads' in results else ''
-    said += [f'on {results["device"]}{threads}'] if 'device' in results else []
-    said += [versions] if versions else []
-    said += [str(results[key]) for key in ('counted', 'note') if results.get(key)]
-    return '\n'.join(lines) + '\n\n' + '; '.join(said) + '.'
-
-
 def _limits(model: APViT, base: str | None, details: CardDetails) -> str:
     """What the model cannot be relied on for."""
     limits = [
@@ -290,8 +247,3 @@ def _fenced(text: str, language: str) -> str:
     while fence in text:
         fence += '`'
     return f'{fence}{language}\n{text}\n{fence}'
-
-
-def _shortened(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + '...'

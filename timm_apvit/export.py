@@ -2,8 +2,6 @@
 
 import importlib.util
 import logging
-import os
-import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,16 +13,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from timm_apvit.finetuning.checkpoints import first_line, replacing
-from timm_apvit.vision_transformer import APViT
+from timm_apvit.failures import first_line
+from timm_apvit.files import AnyPath, check_writable, replacing
+from timm_apvit.vision_transformer import APViT, check_apvit
 
 FORMATS = {'onnx': '.onnx', 'torch': '.pt2', 'aoti': '.pt2'}  # the first of an ending is its default
 OPSET = 20
 OLDEST_OPSET = 18
 BATCH_SIZES = (1, 2, 5)  # that an export is checked on
 TOLERANCE = 1e-4  # of the outputs, or of the largest of them if that is above 1
-
-AnyPath = str | os.PathLike[str]
 
 
 class Exported(NamedTuple):
@@ -82,14 +79,12 @@ def export_model(
         overwrite: replace a file that is there.
 
     Raises:
-        TypeError: not an APViT.
-        ValueError: an argument does not fit the model or the others.
+        ValueError: not an APViT, or an argument does not fit the model or the others.
         FileExistsError, FileNotFoundError, PermissionError: the file cannot be written.
         ModuleNotFoundError: the extra ``export`` is not installed.
         RuntimeError: it cannot be exported, or gives another output than the model.
     """
-    if not isinstance(model, APViT):
-        raise TypeError(f'expected an APViT, got a {type(model).__name__}')
+    check_apvit(model)
     path = Path(path)
     check_writable(path, overwrite)
     chosen = checked_format(path, format, opset)
@@ -132,20 +127,6 @@ def checked_format(path: AnyPath, format: str | None, opset: int) -> str:
             if importlib.util.find_spec(module) is None:
                 raise ModuleNotFoundError(f"export to ONNX needs {module}: pip install 'timm-apvit[export]'")
     return format
-
-
-def check_writable(path: AnyPath, overwrite: bool) -> None:
-    """Raise an OSError unless a file can be written, and replaces none but if it may."""
-    path = Path(path)
-    if path.is_dir() or not path.absolute().parent.is_dir():
-        raise FileNotFoundError(f'expected a file in a folder that exists, got {str(path)!r}')
-    if path.exists() and not overwrite:
-        raise FileExistsError(f'expected a file that does not exist yet, got {str(path)!r} (overwrite replaces it)')
-    try:
-        tempfile.TemporaryFile(dir=path.absolute().parent).close()
-    except OSError as error:
-        why = error.strerror or first_line(error)
-        raise PermissionError(f'expected a file in a folder that can be written to, got {str(path)!r}: {why}') from None
 
 
 def _images(model: APViT, batch: int, size: tuple[int, int]) -> Tensor:

@@ -8,20 +8,19 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple, Optional, Union
 
-from huggingface_hub import CommitOperationAdd, HfApi
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from timm import create_model
-from timm.models._hub import save_for_hf
+from timm.models import save_for_hf
 from torch import nn
 
 from timm_apvit.card import PICTURE, CardDetails, model_card, with_origin
 from timm_apvit.hub_access import check_access, check_card, check_repo_id, explained, one_line
+from timm_apvit.images import per_channel
 from timm_apvit.labels import LabelNames, checked_label_names, saved_label_names
 from timm_apvit.transforms import other_bounds
-from timm_apvit.vision_transformer import APViT
+from timm_apvit.vision_transformer import APViT, check_apvit
 
 SAVED = ('model.safetensors', 'config.json')
-# What other libraries wrap a model in, by the attribute that has the model.
-WRAPPED = ('_orig_mod', 'module', 'timm_model', 'merge_and_unload')
 
 
 def reconstruction_args(model: APViT) -> dict[str, Any]:
@@ -83,11 +82,8 @@ def save_pretrained(
 
 
 def _check_model(model: Any) -> None:
-    """Raise ValueError unless a model can be saved, and say where it is if another library wrapped it."""
-    if not isinstance(model, APViT):
-        inner = next((name for name in WRAPPED if hasattr(model, name)), None)
-        way = f'; give its model.{inner}' + '()' * (inner == 'merge_and_unload') if inner else ''
-        raise ValueError(f'expected an APViT, got {type(model).__name__}{way}')
+    """Raise ValueError unless a model can be saved."""
+    check_apvit(model)
     if any(tensor.is_meta for tensor in model.state_dict().values()):
         raise ValueError('expected weights, got a model on the meta device')
 
@@ -101,6 +97,8 @@ def _mend_config(path: Path, in_chans: int, img_size: tuple[int, int]) -> None:
         config['model_args'].pop(name, None)
     pretrained_cfg = config['pretrained_cfg']
     pretrained_cfg['input_size'] = [in_chans, *img_size]
+    for key in ('mean', 'std'):
+        pretrained_cfg[key] = per_channel(pretrained_cfg[key], in_chans)
     pretrained_cfg.pop('test_input_size', None)
     known = pretrained_cfg.get('label_names')
     if 'label_names' in config or (known is not None and len(known) != config['num_classes']):
@@ -159,7 +157,7 @@ def push_to_hub(
         create_pr: open a pull request rather than push.
         token: as huggingface_hub has it; default, or if empty: that of ``HF_TOKEN``, or of ``hf auth login``.
         commit_message: its first line.
-        overwrite_card: replace a README.md that the repository has.
+        overwrite_card: replace a README.md that the repository has, and its picture, which goes if there is no new one.
         card: what the model card is to say that the model does not know.
 
     Raises:
@@ -174,37 +172,43 @@ def push_to_hub(
         raise ValueError("expected the name of a branch as revision, got ''")
     token = None if token == '' else token  # of a variable of the shell that is not set
     api = HfApi(token=token, library_name='timm-apvit')
-    with _saved(model, label_names) as (model, folder), _explained_push(repo_id, token, create_pr):
+    with _saved(model, label_names) as (model, folder):
+        with _explained_push(repo_id, token, create_pr):
+            if '/' not in repo_id:
+                repo_id = f'{api.whoami()["name"]}/{repo_id}'
+            details = with_origin(model, repo_id, card or CardDetails(), lambda: _base_on_hub(api, repo_id, revision))
         names = saved_label_names(folder, model.num_classes)
-        if '/' not in repo_id:
-            repo_id = f'{api.whoami()["name"]}/{repo_id}'
-        # What the Hub could refuse comes before the repository is made.
-        details = with_origin(model, repo_id, card or CardDetails(), lambda: _base_on_hub(api, repo_id, revision))
-        shown = None if create_pr else revision
+        # What a pull request brings is used from where it is merged.
+        shown = None if create_pr or (revision or '').startswith('refs/') else revision
         text = model_card(model, repo_id, label_names=names, revision=shown, details=details)
-        check_card(text)
-        api.create_repo(repo_id, private=private, exist_ok=True)
-        if private and not api.model_info(repo_id).private:
-            raise ValueError(f'expected a repository that is new or private, got {repo_id!r}, which is public')
-        if revision is not None and not create_pr and not revision.startswith('refs/'):
-            api.create_branch(repo_id, branch=revision, exist_ok=True)
         files: dict[str, Union[Path, bytes]] = {
             'model.safetensors': folder / 'model.safetensors',
             'config.json': _config_with_origin(folder, details),
         }
-        writes_card = overwrite_card or not api.file_exists(repo_id, 'README.md', revision=revision)
-        if writes_card:
-            files['README.md'] = text.encode()
-            if details.picture is not None:
-                files[PICTURE] = Path(details.picture)
-        architecture = model.pretrained_cfg.get('architecture', 'APViT')
-        commit = api.create_commit(
-            repo_id,
-            [CommitOperationAdd(name, source) for name, source in files.items()],
-            commit_message=commit_message or f'Upload {architecture}, {model.num_patches} patches',
-            revision=revision,
-            create_pr=create_pr,
-        )
+        with _explained_push(repo_id, token, create_pr):
+            # What the Hub could refuse comes before the repository is made.
+            check_card(text)
+            api.create_repo(repo_id, private=private, exist_ok=True)
+            if private and not api.model_info(repo_id).private:
+                raise ValueError(f'expected a repository that is new or private, got {repo_id!r}, which is public')
+            if revision is not None and not create_pr and not revision.startswith('refs/'):
+                api.create_branch(repo_id, branch=revision, exist_ok=True)
+            writes_card = overwrite_card or not api.file_exists(repo_id, 'README.md', revision=revision)
+            removed = []
+            if writes_card:
+                files['README.md'] = text.encode()
+                if details.picture is not None:
+                    files[PICTURE] = Path(details.picture)
+                elif api.file_exists(repo_id, PICTURE, revision=revision):
+                    removed = [CommitOperationDelete(PICTURE)]
+            architecture = model.pretrained_cfg.get('architecture', 'APViT')
+            commit = api.create_commit(
+                repo_id,
+                [*(CommitOperationAdd(name, source) for name, source in files.items()), *removed],
+                commit_message=commit_message or f'Upload {architecture}, {model.num_patches} patches',
+                revision=revision,
+                create_pr=create_pr,
+            )
     return Pushed(repo_id, commit.commit_url, commit.oid, commit.pr_url, writes_card)
 
 

@@ -2,6 +2,7 @@
 
 import os
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,9 +30,13 @@ def image_config(model: APViT) -> dict[str, Any]:
     img_size: tuple[int, int] = model.patch_embed.img_size
     config: dict[str, Any] = resolve_data_config({'input_size': (in_chans, *img_size)}, model=model)
     for key in ('mean', 'std'):
-        if len(config[key]) != in_chans:
-            config[key] = (sum(config[key]) / len(config[key]),) * in_chans
+        config[key] = per_channel(config[key], in_chans)
     return config
+
+
+def per_channel(values: Sequence[float], in_chans: int) -> tuple[float, ...]:
+    """A value for each of C channels: those given, or their mean if they are of as many others."""
+    return tuple(values) if len(values) == in_chans else (sum(values) / len(values),) * in_chans
 
 
 def read_image(source: 'AnyImage', in_chans: int = 3, longest: int | None = None) -> Tensor:

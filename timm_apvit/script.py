@@ -21,21 +21,21 @@ class Arguments(list[str]):
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the command to a parser."""
-    parser.add_argument('script', metavar='SCRIPT', help='Python file')
-    arguments = parser.add_argument(
-        'arguments', metavar='ARGUMENT', nargs=argparse.REMAINDER, help='what the script is to get'
+    # One argument of both: a second one would not get a '--' that comes first.
+    parser.add_argument(
+        'script', metavar='SCRIPT', nargs=argparse.PARSER, help='Python file, and the arguments that it is to get'
     )
-    arguments.required = False  # so that only SCRIPT is asked for where both lack
 
 
 def run_command(given: dict[str, Any]) -> int:
     """Run the script as Python would; return the exit status of one that ends by itself."""
-    path = Path(given['script'])
+    file, *arguments = given['script']
+    path = Path(file)
     if not path.is_file():
         what = 'a folder' if path.is_dir() else 'which does not exist'
-        sys.stderr.write(f'error: expected the file of a Python script, got {given["script"]!r}, {what}\n')
+        sys.stderr.write(f'error: expected the file of a Python script, got {file!r}, {what}\n')
         return 2
-    run_script(given['script'], given['arguments'])
+    run_script(file, arguments)
     return 0
 
 

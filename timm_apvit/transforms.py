@@ -42,7 +42,8 @@ class PatchTransform(nn.Module):
 
     A family of your own is a subclass that says what it predicts in ``fields`` and, where the fields below are not
     enough, warps patches in `warp` or restates `forward`, which ends in `timm_apvit.geometry.place_inside`: that keeps
-    the patches inside the image. It must be something that TorchScript compiles, if models are to be scripted.
+    the patches inside the image. If patches may then be larger than the bounds say, it restates `max_footprint` too, or
+    large ones alias. It must be something that TorchScript compiles, if models are to be scripted.
 
     Attributes:
         fields: width of each field of raw parameters. ``shift`` (2) must be among them; ``scale``, ``aspect``,

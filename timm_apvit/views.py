@@ -10,7 +10,7 @@ from torch import Tensor
 from timm_apvit.attention import attends, inputs_of, outputs_of, patch_attention
 from timm_apvit.coords import NumPatches, anchors
 from timm_apvit.images import image_config
-from timm_apvit.vision_transformer import APViT
+from timm_apvit.vision_transformer import APViT, check_apvit
 
 # Enough for a curved side to look smooth.
 POINTS_PER_SIDE = 12
@@ -60,8 +60,7 @@ def view_patches(
     Raises:
         ValueError: not an APViT, no number of patches, or an attention that cannot be read.
     """
-    if not isinstance(model, APViT):
-        raise ValueError(f'expected an APViT, got a {type(model).__name__}')
+    check_apvit(model)
     if attention and not attends(model):
         raise ValueError("expected timm's ordinary attention at the model's end to colour by it, got a model without")
     patching = model.patch_embed.patching
@@ -136,7 +135,8 @@ def row_lengths(layout: tuple[int, int]) -> list[int]:
 @contextmanager
 def _at_rest(model: APViT, num_patches: NumPatches | None) -> Iterator[None]:
     """Let a model run in eval mode with a number of patches, then be as it was."""
-    training, requested = model.training, model.patch_embed.requested
+    modes = {module: module.training for module in model.modules()}
+    requested = model.patch_embed.requested
     try:
         model.eval()
         if num_patches is not None:
@@ -144,7 +144,8 @@ def _at_rest(model: APViT, num_patches: NumPatches | None) -> Iterator[None]:
         yield
     finally:
         model.set_num_patches(requested)
-        model.train(training)
+        for module, training in modes.items():
+            module.training = training
 
 
 def _in_pixels(points: Tensor, size: Tensor) -> Tensor:

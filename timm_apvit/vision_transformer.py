@@ -24,6 +24,8 @@ register_notrace_module(AdaptivePatchEmbed)
 
 # Prefixes of the parameters that a ViT does not have.
 ADAPTIVE_KEYS = tuple(f'patch_embed.{name}' for name in ADAPTIVE_MODULES)
+# What other libraries, and timm's own maps of features, wrap a model in, by the attribute that has the model.
+WRAPPED = ('_orig_mod', 'module', 'timm_model', 'merge_and_unload', 'model')
 
 
 class APViT(VisionTransformer):  # type: ignore[misc]
@@ -269,3 +271,11 @@ class APViT(VisionTransformer):  # type: ignore[misc]
         else:
             out = block(x)
         return out
+
+
+def check_apvit(model: Any) -> None:
+    """Raise ValueError unless a model is an APViT, and say where it is if another library wrapped it."""
+    if not isinstance(model, APViT):
+        inner = next((name for name in WRAPPED if hasattr(model, name)), None)
+        way = f'; give its model.{inner}' + '()' * (inner == 'merge_and_unload') if inner else ''
+        raise ValueError(f'expected an APViT, got {type(model).__name__}{way}')

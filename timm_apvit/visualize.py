@@ -25,7 +25,7 @@ from timm_apvit.figures import (
 )
 from timm_apvit.images import read_image
 from timm_apvit.views import view_patches
-from timm_apvit.vision_transformer import APViT
+from timm_apvit.vision_transformer import APViT, check_apvit
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -226,8 +226,7 @@ def read_images(model: APViT, images: Any, longest: int | None = None) -> list[T
     Raises:
         FileNotFoundError, ValueError: as `timm_apvit.images.read_image`; there is no image, or the model is no APViT.
     """
-    if not isinstance(model, APViT):
-        raise ValueError(f'expected an APViT, got a {type(model).__name__}')
+    check_apvit(model)
     several = isinstance(images, Sequence) and not isinstance(images, str | os.PathLike)
     if isinstance(images, Tensor | np.ndarray) and images.ndim == 4:
         several = True

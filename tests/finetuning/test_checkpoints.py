@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from timm_apvit.finetuning.checkpoints import CheckpointStore, check_vacant, create_run, write_atomically
+from timm_apvit.files import write_atomically
+from timm_apvit.finetuning.checkpoints import CheckpointStore, check_vacant, create_run
 
 TRAINED = {'w': torch.arange(3.0)}
 

@@ -147,12 +147,17 @@ def test_registered_model_takes_weights_with_their_own_classes(folder: Path, tmp
         ('{} {}/images', 'which holds neither config.yaml nor config.json'),
         ('local-dir:{}/model {}/none', 'which is not a folder'),
         ('local-dir:{}/other {}/images', 'expected data of 3 classes, as the model has, got 2: cat, dog'),
-        ('local-dir:{}/model {}/images --class-map {}/turned.txt', 'expected the classes in the order of the model'),
+        (
+            'local-dir:{}/model {}/images --class-map {}/turned.txt',
+            'order of the model, cat, dog, got dog, cat; --class-map',
+        ),
         ('local-dir:{}/model {}/images --checkpoint {}/x', 'which has weights of its own'),
         ('test_apvit {}/images --checkpoint {}/headless.safetensors', 'weights with a classifier'),
         ('local-dir:{}/model {}/images --device toaster', "got 'toaster'"),
         ('local-dir:{}/model {}/images --amp float16', 'needs a CUDA GPU'),
-        ('local-dir:{}/model {}/images --json {}/no/x.json', '--json FILE in a folder that exists'),
+        ('local-dir:{}/model {}/images --json {}/no/x.json', 'expected a file in a folder that exists'),
+        ('local-dir:{}/model {}/images --json {}', 'expected a file in a folder that exists'),
+        ('local-dir:{}/birds {}/images', "expected classes among owl, tit in '"),
         ('local-dir:{}/model {}/images --num-patches 0', "got '0'"),
         ('local-dir:{}/model {}/images --epochs 3', '--epochs'),
     ],
@@ -162,6 +167,7 @@ def test_rejects_what_cannot_be_evaluated(
 ) -> None:
     saved(tmp_path / 'model', ['cat', 'dog'])
     saved(tmp_path / 'other', None, num_classes=3)
+    saved(tmp_path / 'birds', ['owl', 'tit'])
     (tmp_path / 'turned.txt').write_text('dog\ncat\n')
     headless = timm.create_model('test_vit', num_classes=0)
     save_file(headless.state_dict(), tmp_path / 'headless.safetensors')

@@ -17,10 +17,10 @@ from safetensors.torch import load_file, save_file
 from tiny import weights_of
 
 from timm_apvit.__main__ import main
+from timm_apvit.failures import explain
 from timm_apvit.finetuning import command, learner
 from timm_apvit.finetuning.checkpoints import CheckpointStore, interrupted_only_after, locked
 from timm_apvit.finetuning.config import read_config
-from timm_apvit.finetuning.failures import explain
 
 TINY = '--model test_apvit --model-kwargs depth=1 --img-size 32 --num-patches 2 --samples 8 --test-samples 4'
 TINY += ' --batch-size 4 --epochs 3 --no-twin --threads 1 --device cpu'
@@ -191,11 +191,12 @@ def test_full_disk_ends_the_run_in_one_sentence(
 
 
 def test_full_disk_is_named_wherever_it_is_met() -> None:
-    assert explain(OSError(errno.ENOSPC, 'No space left on device', 'metrics'), False).startswith('the disk is full: ')
-    assert explain(RuntimeError('[...gloo/transport/tcp/pair.cc] Connection closed by peer'), True).startswith(
+    assert explain(OSError(errno.ENOSPC, 'No space left on device', 'metrics'), '').startswith('the disk is full: ')
+    assert explain(MemoryError(), 'lower it').endswith('; lower it')
+    assert explain(RuntimeError('[...gloo/transport/tcp/pair.cc] Connection closed by peer'), '', True).startswith(
         'another process of the training ended or does not answer: '
     )
-    assert explain(RuntimeError('mat1 and mat2'), True) == 'mat1 and mat2'
+    assert explain(RuntimeError('mat1 and mat2'), '', True) == 'mat1 and mat2'
 
 
 def test_interruption_waits_until_the_checkpoint_is_finished(

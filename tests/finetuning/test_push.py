@@ -76,8 +76,10 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespace]:
         'read token': (run('none', '--push-to-hub', 'me/digits'), {'HF_TOKEN': 'hf_read'}),
         'of another': (run('none', '--push-to-hub', 'you/digits'), mine),
         'private alone': (run('none', '--private'), mine),
+        'no picture alone': (run('none', '--no-push-picture'), mine),
         'fails': (
-            ['finetune', images, *on_images.split(), '--push-to-hub', 'me/animals', '--private'], mine
+            ['finetune', images, *on_images.split(), '--push-to-hub', 'me/animals', '--private',
+             '--no-push-picture'], mine
         ),
         'evaluate': (
             ['evaluate', str(folder / 'digits'), '--num-patches', '2,4', '--batch-size', '8', '--device', 'cpu',
@@ -118,7 +120,7 @@ def test_run_is_pushed_when_it_is_done(hub: SimpleNamespace) -> None:
     result = hub.results['digits']
     assert (result.status, result.err) == (0, '')
     assert f'pushed      {hub.server.endpoint}/me/digits/commit/' in result.out
-    files = hub.server.repositories['me/digits']
+    files = hub.server.commits['me/digits'][result.out.rpartition('/me/digits/commit/')[2].split()[0]]
     assert set(files) == PUSHED
     assert files['model.safetensors'] == (hub.folder / 'digits/best/model.safetensors').read_bytes()
     assert files['patches.png'] == (hub.folder / 'digits/patches.png').read_bytes()
@@ -185,7 +187,7 @@ def test_failed_push_leaves_the_run_whole_and_says_how_to_push_it(hub: SimpleNam
     assert words[:3] == ['python', '-m', 'timm_apvit']
     again = command(hub.server, tmp_path / 'home', {'again': (words[3:], {'HF_TOKEN': 'hf_mine'})})['again']
     assert (again.status, again.err) == (0, '')
-    assert set(hub.server.repositories['me/animals']) == PUSHED
+    assert set(hub.server.repositories['me/animals']) == PUSHED - {'patches.png'}  # as was asked for
     assert 'me/animals' in hub.server.private
 
 
@@ -212,6 +214,7 @@ def test_evaluation_makes_the_table(hub: SimpleNamespace) -> None:
     assert (data['license'], data['datasets']) == ('mit', ['me/numbers'])
     assert data['base_model'] == 'timm/test_vit.r160_in1k'
     assert 'patches.png' not in card
+    assert set(hub.server.repositories['me/digits']) == PUSHED - {'patches.png'}  # which was there before
 
 
 def test_card_that_exists_is_kept(hub: SimpleNamespace) -> None:

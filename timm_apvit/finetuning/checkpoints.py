@@ -16,6 +16,9 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 
+from timm_apvit.failures import first_line
+from timm_apvit.files import flush, write_atomically
+
 VERSIONS = 'checkpoints'
 LAST, BEST = 'last', 'best'
 CONFIG_FILE = 'config.yaml'
@@ -72,7 +75,7 @@ class CheckpointStore:
             # An interrupted save may have left a version that no link names.
             _remove(self.versions / name)
             unfinished.rename(self.versions / name)
-            _flush(self.versions)
+            flush(self.versions)
             self._link(LAST, name)
             self.mark_best(best)
 
@@ -108,7 +111,7 @@ class CheckpointStore:
         _remove(swapped)
         swapped.symlink_to(Path(VERSIONS, name), target_is_directory=True)
         swapped.replace(self.directory / link)
-        _flush(self.directory)
+        flush(self.directory)
 
 
 def snapshots(directory: Path) -> dict[str, Path]:
@@ -176,43 +179,11 @@ def check_vacant(directory: Path) -> None:
         raise NotADirectoryError(f'expected an output folder that can be made, got {str(directory)!r}')
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Replace a file by another of this text: whoever reads it finds the one or the other, whole."""
-    with replacing(path) as unfinished:
-        unfinished.write_text(text)
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Give a temporary path to write to, whose file then replaces the one at ``path`` atomically, or leaves nothing."""
-    unfinished = path.with_name(f'.unfinished-{path.name}')
-    try:
-        yield unfinished
-        _flush(unfinished)
-        unfinished.replace(path)
-    except BaseException:
-        with suppress(OSError):
-            unfinished.unlink(missing_ok=True)
-        raise
-    _flush(path.parent)
-
-
 def _flush_tree(directory: Path) -> None:
     """Flush all files of a directory to disk, then the directory."""
     for path in directory.iterdir():
-        _flush(path)
-    _flush(directory)
-
-
-def _flush(path: Path) -> None:
-    """Flush a file, or the entries of a directory, to disk."""
-    if path.is_dir() and os.name == 'nt':  # Windows cannot open directories
-        return
-    descriptor = os.open(path, os.O_RDONLY if os.name != 'nt' else os.O_RDWR)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        flush(path)
+    flush(directory)
 
 
 def _remove(path: Path) -> None:
@@ -221,11 +192,3 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message, or its name; of an error in a worker, what went wrong there."""
-    lines = (str(error).strip() or type(error).__name__).splitlines()
-    if lines[0].startswith('Caught ') and 'DataLoader worker' in lines[0]:
-        return lines[-1].partition(': ')[2] or lines[-1]
-    return lines[0]

@@ -10,10 +10,11 @@ from typing import Any, TypeVar
 import timm
 from torch import nn
 
-from timm_apvit.finetuning.checkpoints import BEST, LAST, CheckpointStore, write_atomically
+from timm_apvit.failures import explain
+from timm_apvit.files import write_atomically
+from timm_apvit.finetuning.checkpoints import BEST, LAST, CheckpointStore
 from timm_apvit.finetuning.config import with_config
 from timm_apvit.finetuning.distributed import DEFAULT_TIMEOUT, gather_from_processes, is_main, joined, rank, world_size
-from timm_apvit.finetuning.failures import explain
 from timm_apvit.finetuning.logs import MetricsLog
 from timm_apvit.finetuning.parsing import count, format_budget
 from timm_apvit.finetuning.preparation import Run, opened, prepare
@@ -24,6 +25,10 @@ from timm_apvit.hub import save_pretrained
 from timm_apvit.vision_transformer import APViT
 
 T = TypeVar('T')
+TO_LOWER = (
+    'lower --batch-size or --num-patches, raise --grad-accum (the same result in less memory), '
+    'or add --amp bfloat16 or --grad-checkpointing'
+)
 
 
 class RefusedError(Exception):
@@ -51,7 +56,7 @@ def finetune(given: dict[str, Any]) -> int:
         agreed = isinstance(error, FloatingPointError)
         who = f'process {rank()}: ' if rank() > 0 else ''
         if is_main() or not agreed:
-            _fail(who + explain(error, world_size() > 1) + _kept(runs), 1)
+            _fail(who + explain(error, TO_LOWER, world_size() > 1) + _kept(runs), 1)
         return 1
     except KeyboardInterrupt:
         if is_main():
@@ -109,10 +114,12 @@ def execute(run: Run) -> None:
 
 def _push(run: Run) -> int:
     """Push the best model of a finished run; return the exit status."""
-    repo_id, private = str(run.options.push_to_hub), run.options.private
-    kept = f'\nthe run is whole in {run.directory}; push it again with\n    {again(run.directory, repo_id, private)}'
+    given: dict[str, Any] = {'directory': run.directory, 'repo_id': str(run.options.push_to_hub)}
+    given.update({'private': True} if run.options.private else {})
+    given.update({} if run.options.push_picture else {'picture': False})
+    kept = f'\nthe run is whole in {run.directory}; push it again with\n    {again(given)}'
     try:
-        tell(push_directory({'directory': run.directory, 'repo_id': repo_id, 'private': private or None}))
+        tell(push_directory(given))
     except (ValueError, OSError) as error:
         return _fail(f'{error}{kept}', 1)
     except KeyboardInterrupt:

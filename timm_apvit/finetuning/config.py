@@ -10,7 +10,8 @@ from typing import Any, NoReturn
 import yaml
 
 from timm_apvit import __version__
-from timm_apvit.finetuning.checkpoints import CONFIG_FILE, first_line
+from timm_apvit.failures import first_line
+from timm_apvit.finetuning.checkpoints import CONFIG_FILE
 from timm_apvit.finetuning.options import CHANGEABLE_OPTIONS, RUNTIME_OPTIONS, Options, add_arguments
 from timm_apvit.finetuning.parsing import flag, format_budget
 

@@ -16,12 +16,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from timm_apvit import __version__
-from timm_apvit.finetuning.checkpoints import CONFIG_FILE, write_atomically
+from timm_apvit.failures import explain
+from timm_apvit.files import check_writable, write_atomically
+from timm_apvit.finetuning.checkpoints import CONFIG_FILE
 from timm_apvit.finetuning.config import resumed_options
 from timm_apvit.finetuning.data import Splits, some_samples
 from timm_apvit.finetuning.data_options import DATA_HELP, DataOptions, add_data_arguments
 from timm_apvit.finetuning.evaluation import autocast, evaluate
-from timm_apvit.finetuning.failures import explain
+from timm_apvit.finetuning.folders import shown
 from timm_apvit.finetuning.models import load_model, load_weights
 from timm_apvit.finetuning.options import Options
 from timm_apvit.finetuning.parsing import Budget, count, format_budget, number, parse_num_patches
@@ -32,6 +34,7 @@ from timm_apvit.vision_transformer import APViT
 
 DATA_NAMES = {field.name for field in fields(DataOptions)}
 SECONDS = 1.0  # that each speed is measured for, at least
+TO_LOWER = 'lower --batch-size, --num-patches or --img-size, or add --amp bfloat16'
 COUNTED = 'multiply-adds: of matrix products, convolutions and attention for an image; sampling and sums not counted'
 
 
@@ -87,6 +90,15 @@ def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
 def evaluate_command(given: dict[str, Any]) -> int:
     """Run the command with the options given; return the exit status."""
     try:
+        return _evaluate(given)
+    except KeyboardInterrupt:
+        sys.stderr.write('interrupted; nothing was written\n')
+        return 130
+
+
+def _evaluate(given: dict[str, Any]) -> int:
+    """Measure, print and write; return the exit status."""
+    try:
         subject = load_subject(given)
     except (ValueError, TypeError, OSError, ModuleNotFoundError) as error:
         sys.stderr.write(f'error: {error}\n')
@@ -96,8 +108,8 @@ def evaluate_command(given: dict[str, Any]) -> int:
         sys.stdout.write(table(rows, subject.batch_size) + '\n')
         if given.get('json') is not None:
             write_atomically(Path(given['json']), json.dumps(report(given, subject, rows), indent=2) + '\n')
-    except (OSError, RuntimeError, ValueError) as error:
-        sys.stderr.write(f'error: {explain(error, several=False)}\n')
+    except (OSError, RuntimeError, MemoryError, ValueError) as error:
+        sys.stderr.write(f'error: {explain(error, TO_LOWER)}\n')
         return 1
     return 0
 
@@ -112,8 +124,8 @@ def load_subject(given: dict[str, Any]) -> Subject:
     device = checked_device(given.get('device') or ('cuda' if torch.cuda.is_available() else 'cpu'), amp)
     if given.get('threads') is not None:
         torch.set_num_threads(given['threads'])
-    if given.get('json') is not None and not Path(given['json']).absolute().parent.is_dir():
-        raise ValueError(f'expected --json FILE in a folder that exists, got {given["json"]!r}')
+    if given.get('json') is not None:
+        check_writable(given['json'])
     run = Path(given['model'])
     is_run = (run / CONFIG_FILE).is_file()
     if not is_run and given.get('data') is None:
@@ -138,10 +150,12 @@ def _check_classes(model: APViT, splits: Splits) -> None:
     """Raise ValueError unless the data have the classes that the model tells apart, in its order."""
     own, names = model.pretrained_cfg.get('label_names'), splits.label_names
     if len(names) != model.num_classes:
-        shown = ', '.join(names[:5]) + ', ...' * (len(names) > 5)
-        raise ValueError(f'expected data of {model.num_classes} classes, as the model has, got {len(names)}: {shown}')
+        has = f'data of {model.num_classes} classes, as the model has'
+        raise ValueError(f'expected {has}, got {len(names)}: {shown(names)}')
     if own is not None and set(own) == set(names) and tuple(own) != names:
-        raise ValueError('expected the classes in the order of the model, got another: see --class-map')
+        raise ValueError(
+            f'expected the classes in the order of the model, {shown(own)}, got {shown(names)}; --class-map gives it'
+        )
 
 
 def measure(subject: Subject, budget: Budget) -> dict[str, Any]:
@@ -206,12 +220,20 @@ def table(rows: Sequence[dict[str, Any]], batch_size: int) -> str:
     return '\n'.join([*lines, f'{rows[0]["images"]} images; {COUNTED}'])
 
 
+def processor() -> str:
+    """What the processor is called, where the system says it."""
+    known = Path('/proc/cpuinfo')  # Linux
+    lines = known.read_text().splitlines() if known.is_file() else []
+    names = (line.partition(':')[2].strip() for line in lines if line.startswith('model name'))
+    return next(names, platform.processor() or platform.machine())
+
+
 def report(given: dict[str, Any], subject: Subject, rows: list[dict[str, Any]]) -> dict[str, Any]:
     """The results with what they were measured on."""
     device = next(subject.model.parameters()).device
     return {
         'options': given,
-        'device': torch.cuda.get_device_name(device) if device.type == 'cuda' else platform.processor() or 'cpu',
+        'device': torch.cuda.get_device_name(device) if device.type == 'cuda' else processor(),
         'threads': torch.get_num_threads(),
         'versions': {'timm_apvit': __version__, 'timm': timm.__version__, 'torch': torch.__version__},
         'counted': COUNTED,

@@ -4,8 +4,9 @@ import argparse
 import sys
 from typing import Any
 
-from timm_apvit.export import FORMATS, OLDEST_OPSET, OPSET, check_writable, checked_format, export_model
-from timm_apvit.finetuning.checkpoints import first_line
+from timm_apvit.export import FORMATS, OLDEST_OPSET, OPSET, checked_format, export_model
+from timm_apvit.failures import first_line
+from timm_apvit.files import check_writable
 from timm_apvit.finetuning.models import load_model, load_weights
 from timm_apvit.finetuning.parsing import number, parse_budget
 from timm_apvit.images import image_config

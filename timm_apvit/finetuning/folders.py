@@ -1,6 +1,6 @@
 """Folders of images to fine-tune on, checked before any long work."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -118,13 +118,19 @@ def _check_is_folder(folder: Path) -> None:
         raise FileNotFoundError(f'expected a folder of images, got {str(folder)!r}, which is not a folder')
 
 
+def shown(names: Iterable[str]) -> str:
+    """The first few of several names."""
+    few = list(names)
+    return ', '.join(few[:5]) + ', ...' * (len(few) > 5)
+
+
 def _find_split(folder: Path, names: Sequence[str]) -> Path:
     """Find the sub-folder that goes by one of these names."""
     for name in names:
         if (folder / name).is_dir():
             return folder / name
     found = sorted(path.name + '/' * path.is_dir() for path in folder.iterdir())
-    held = ', '.join(found[:5]) + ', ...' * (len(found) > 5) if found else 'nothing'
+    held = shown(found) if found else 'nothing'
     raise FileNotFoundError(f'expected a folder named {" or ".join(names)} in {str(folder)!r}, got {held}')
 
 
@@ -133,7 +139,7 @@ def _read_split(folder: Path, mode: str, class_to_idx: dict[str, int] | None) ->
     files = ImageFiles(folder, mode, class_to_idx)
     classes = {path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith('.')}
     if unknown := sorted(classes - set(files.class_to_idx)):
-        raise ValueError(f'expected only known classes in {str(folder)!r}, got {", ".join(unknown)}')
+        raise ValueError(f'expected classes among {shown(files.class_to_idx)} in {str(folder)!r}, got {shown(unknown)}')
     if not files.samples:
         raise ValueError(f'expected folders of images, one for each class, in {str(folder)!r}, got no images')
     return files

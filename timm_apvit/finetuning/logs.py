@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from timm_apvit.finetuning.checkpoints import write_atomically
+from timm_apvit.files import write_atomically
 
 JSON_LOG, CSV_LOG, TENSORBOARD_LOG = 'metrics.jsonl', 'metrics.csv', 'tensorboard'
 

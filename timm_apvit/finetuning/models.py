@@ -11,7 +11,8 @@ import torch
 from safetensors import safe_open
 from timm.models import load_state_dict
 
-from timm_apvit.finetuning.checkpoints import BEST, CONFIG_FILE, first_line
+from timm_apvit.failures import first_line
+from timm_apvit.finetuning.checkpoints import BEST, CONFIG_FILE
 from timm_apvit.finetuning.options import Options
 from timm_apvit.finetuning.parsing import count
 from timm_apvit.vision_transformer import APViT

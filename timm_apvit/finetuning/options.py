@@ -39,7 +39,9 @@ EMBEDDED_MODEL_KWARGS: dict[str, Any] = {
     'weight_init': 'jax',
 }
 # These change where and how fast a run computes, and where it goes, not what: --resume takes them anew.
-RUNTIME_OPTIONS = frozenset({'output', 'resume', 'workers', 'device', 'threads', 'timeout', 'push_to_hub', 'private'})
+RUNTIME_OPTIONS = frozenset(
+    {'output', 'resume', 'workers', 'device', 'threads', 'timeout', 'push_to_hub', 'private', 'push_picture'}
+)
 # These too, but a run keeps them until --resume changes them: whether it fits into memory, what it tells and keeps.
 CHANGEABLE_OPTIONS = frozenset({'grad_accum', 'grad_checkpointing', 'compile', 'tensorboard', 'snapshots'})
 
@@ -96,6 +98,7 @@ class Options(DataOptions):
     snapshots: bool = False
     push_to_hub: str | None = None
     private: bool = False
+    push_picture: bool = True
     output: str | None = None
     resume: str | None = None
 
@@ -199,6 +202,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         'picture; also with --resume (default: not; python -m timm_apvit push has more options)',
     )
     add('--private', action='store_true', help='make that repository private, if it is new (default: public)')
+    add(
+        '--push-picture',
+        action=argparse.BooleanOptionalAction,
+        help='push the picture too, which shows 8 test images (default: yes)',
+    )
     add(
         '--workers',
         type=number(int, 0),

@@ -12,14 +12,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from timm_apvit.failures import first_line
 from timm_apvit.finetuning import options as defaults
-from timm_apvit.finetuning.checkpoints import (
-    CheckpointStore,
-    check_vacant,
-    create_run,
-    first_line,
-    locked,
-)
+from timm_apvit.finetuning.checkpoints import CheckpointStore, check_vacant, create_run, locked
 from timm_apvit.finetuning.config import config_text, resumed_options
 from timm_apvit.finetuning.data import Splits
 from timm_apvit.finetuning.distributed import is_main, local_device, own_share, processes_here

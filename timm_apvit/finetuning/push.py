@@ -10,10 +10,12 @@ from typing import Any
 import yaml
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
-from timm_apvit.card import PICTURE, CardDetails, check_results
-from timm_apvit.finetuning.checkpoints import BEST, CONFIG_FILE, first_line
+from timm_apvit.card import PICTURE, CardDetails
+from timm_apvit.failures import first_line
+from timm_apvit.finetuning.checkpoints import BEST, CONFIG_FILE
 from timm_apvit.finetuning.sources import is_path
 from timm_apvit.hub import Pushed, push_to_hub
+from timm_apvit.results import check_results
 
 RESULTS_FILE = 'evaluation.json'
 SUMMARY_FILE = 'summary.json'
@@ -47,7 +49,7 @@ def add_push_arguments(parser: argparse.ArgumentParser) -> None:
         '--picture',
         action=argparse.BooleanOptionalAction,
         help='show where the model looks, in 8 test images (default: if the run has it; --no-picture keeps them to '
-        'yourself)',
+        'yourself, and with --overwrite-card removes those that are there, but for the history of the repository)',
     )
 
 
@@ -96,10 +98,10 @@ def tell(pushed: Pushed) -> None:
         sys.stdout.write('model card  kept the README.md that is there; --overwrite-card replaces it\n')
 
 
-def again(directory: Path, repo_id: str, private: bool) -> str:
+def again(given: dict[str, Any]) -> str:
     """The command that pushes a run again."""
-    words = ['python', '-m', 'timm_apvit', 'push', str(directory), repo_id]
-    return shlex.join(words + ['--private'] * private)
+    words = ['python', '-m', 'timm_apvit', 'push', str(given['directory']), given['repo_id']]
+    return shlex.join([*words, *['--private'] * ('private' in given), *['--no-picture'] * ('picture' in given)])
 
 
 def card_of(directory: Path, given: dict[str, Any]) -> CardDetails:
@@ -111,7 +113,7 @@ def card_of(directory: Path, given: dict[str, Any]) -> CardDetails:
     """
     config = _config(directory / CONFIG_FILE)
     results = _results(directory, given.get('results'), config)
-    evaluated = results.get('options', {}).get('data') if results else None
+    evaluated = (results or {}).get('options', {}).get('data')
     picture = directory / PICTURE
     if not given.get('picture', picture.is_file()):
         picture = None  # type: ignore[assignment]

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from timm_apvit.figures import load_drawing
-from timm_apvit.finetuning.checkpoints import replacing
+from timm_apvit.files import replacing
 from timm_apvit.finetuning.data import Splits, some_samples
 from timm_apvit.finetuning.training import Row, best_row
 from timm_apvit.vision_transformer import APViT

@@ -45,6 +45,8 @@ def check_destination(options: Options) -> None:
         check_access(options.push_to_hub)
     if options.private and options.push_to_hub is None:
         raise ValueError('expected --push-to-hub with --private, got none')
+    if not options.push_picture and options.push_to_hub is None:
+        raise ValueError('expected --push-to-hub with --no-push-picture, got none')
 
 
 def check_focus(model: APViT, options: Options, guide_weight: float) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from timm.data import create_transform
 
-from timm_apvit.finetuning.checkpoints import first_line
+from timm_apvit.failures import first_line
 from timm_apvit.finetuning.data import SeededSamples, Splits
 from timm_apvit.finetuning.data_options import DataOptions
 from timm_apvit.finetuning.digits import load_embedded_digits

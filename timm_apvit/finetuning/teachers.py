@@ -9,7 +9,7 @@ import torch
 from timm.data import resolve_data_config
 from torch import nn
 
-from timm_apvit.finetuning.checkpoints import first_line
+from timm_apvit.failures import first_line
 from timm_apvit.finetuning.distillation import Teacher, Weights, check_attends, observed
 from timm_apvit.finetuning.learner import Distillation
 from timm_apvit.finetuning.models import Start, check_registered, classes_of_checkpoint, create_model, with_weights_of

@@ -9,7 +9,7 @@ from typing import Any
 from PIL import Image
 from timm.data import create_dataset
 
-from timm_apvit.finetuning.checkpoints import first_line
+from timm_apvit.failures import first_line
 from timm_apvit.finetuning.data import AnySamples, SeededSamples, Stream
 from timm_apvit.finetuning.folders import in_mode
 from timm_apvit.finetuning.options import Options

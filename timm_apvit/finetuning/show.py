@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 
+from timm_apvit.failures import explain
 from timm_apvit.figures import PANELS, load_drawing
-from timm_apvit.finetuning.checkpoints import BEST, LAST, first_line, replacing, snapshots
-from timm_apvit.finetuning.failures import is_out_of_memory
+from timm_apvit.files import check_writable, replacing
+from timm_apvit.finetuning.checkpoints import BEST, LAST, snapshots
 from timm_apvit.finetuning.models import load_model
 from timm_apvit.finetuning.parsing import number, parse_num_patches
 from timm_apvit.finetuning.preparation import checked_device
@@ -79,8 +80,7 @@ def show_command(given: dict[str, Any]) -> int:
             with replacing(path) as unfinished:
                 unfinished.write_bytes(drawn[path])
     except (ValueError, TypeError, OSError, ModuleNotFoundError, MemoryError, RuntimeError) as error:
-        hint = '; lower --num-patches or --img-size' if is_out_of_memory(error) else ''
-        sys.stderr.write(f'error: {first_line(error)}{hint}\n')
+        sys.stderr.write(f'error: {explain(error, "lower --num-patches or --img-size")}\n')
         return 2
     except KeyboardInterrupt:
         sys.stderr.write('interrupted; nothing was written\n')
@@ -93,7 +93,8 @@ def check_outputs(given: dict[str, Any]) -> list[Path]:
     """The files to write, which can be written as far as one can tell before.
 
     Raises:
-        ValueError: none is asked for, or one is of an unknown ending, a folder, in none, or an image that is drawn.
+        OSError: one cannot be written.
+        ValueError: none is asked for, or one is of an unknown ending, or an image that is drawn.
         ModuleNotFoundError: matplotlib is not installed.
     """
     load_drawing()
@@ -108,8 +109,7 @@ def check_outputs(given: dict[str, Any]) -> list[Path]:
         path = Path(given[name])
         if path.suffix[1:].lower() not in endings:
             raise ValueError(f'expected {options[name]} to end in .{", .".join(endings)}, got {given[name]!r}')
-        if path.is_dir() or not path.absolute().parent.is_dir():
-            raise ValueError(f'expected {options[name]} to be a file in a folder that exists, got {given[name]!r}')
+        check_writable(path)
         if any(_same_file(path, Path(image)) for image in given['images']):
             raise ValueError(f'expected {options[name]} to be another file than the images, got {given[name]!r}')
         outputs.append(path)
@@ -148,7 +148,12 @@ def draw(model: APViT, given: dict[str, Any]) -> dict[Path, bytes]:
             drawn[path] = load_drawing().file_bytes(figure, path.suffix[1:].lower(), DPI)
         if 'animate' in given:
             kept = {} if budgets is not None and len(budgets) > 1 else _snapshots(given['checkpoint'])
-            models = ((epoch, load_model(str(folder))) for epoch, folder in kept.items())
+            device = next(model.parameters()).device
+            models = ((epoch, load_model(str(folder)).to(device)) for epoch, folder in kept.items())
+            if not kept and budgets is not None and len(budgets) == 1:
+                raise ValueError(
+                    f'expected several numbers of patches to animate, or a run with --snapshots, got {budgets[0]}'
+                )
             drawn[Path(given['animate'])] = (
                 animate_training(models, images, budgets and budgets[0], **style)
                 if kept

@@ -4,25 +4,20 @@ import errno
 
 import torch
 
-from timm_apvit.finetuning.checkpoints import first_line
-
 OUT_OF_SPACE = {errno.ENOSPC, errno.EDQUOT}
-TO_LOWER = (
-    'lower --batch-size or --num-patches, raise --grad-accum (the same result in less memory), '
-    'or add --amp bfloat16 or --grad-checkpointing'
-)
 
 
-def explain(error: BaseException, several: bool) -> str:
-    """Say what went wrong while training, in a line.
+def explain(error: BaseException, remedy: str, several: bool = False) -> str:
+    """Say what went wrong, in a line.
 
     Args:
         error: that ended it.
+        remedy: what takes less memory.
         several: whether other processes take part.
     """
     text = first_line(error)
     if is_out_of_memory(error):
-        return f'out of memory: {text}; {TO_LOWER}'
+        return f'out of memory: {text}; {remedy}'
     if isinstance(error, OSError) and error.errno in OUT_OF_SPACE:
         return f'the disk is full: {text}; free some space'
     if several and isinstance(error, RuntimeError) and is_of_communication(error):
@@ -40,3 +35,11 @@ def is_of_communication(error: RuntimeError) -> bool:
     """Whether processes lost each other."""
     said = any(word in str(error).lower() for word in ('gloo', 'nccl', 'connection', 'timed out', 'timeout'))
     return isinstance(error, torch.distributed.DistError) or said
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its name; of an error in a worker, what went wrong there."""
+    lines = (str(error).strip() or type(error).__name__).splitlines()
+    if lines[0].startswith('Caught ') and 'DataLoader worker' in lines[0]:
+        return lines[-1].partition(': ')[2] or lines[-1]
+    return lines[0]

@@ -13,9 +13,9 @@ from conftest import create, refused
 from PIL import Image
 from safetensors.torch import save_file
 
-from timm_apvit import save_pretrained, show
+from timm_apvit import save_pretrained
 from timm_apvit.__main__ import main
-from timm_apvit.finetuning import models
+from timm_apvit.finetuning import models, show
 
 
 @pytest.fixture(scope='module')
@@ -163,7 +163,8 @@ def test_rejects_bad_outputs(saved: Path, photograph: Path, tmp_path: Path, caps
         (['-o', tmp_path / 'none/x.png'], 'in a folder that exists'),
         (['-o', tmp_path / 'folder.png'], 'in a folder that exists'),
         (['-o', photograph], 'another file than the images'),
-        (['-o', '/proc/x.png'], 'error: '),
+        (['-o', '/proc/x.png'], 'expected a file in a folder that can be written to'),
+        (['--animate', tmp_path / 'x.gif', '--num-patches', '4'], 'expected several numbers of patches to animate'),
         (['--animate', tmp_path / 'x.png'], 'expected --animate to end in .gif'),
         (
             ['-o', tmp_path / 'x.gif', '--animate', tmp_path / 'x.gif'],
@@ -210,7 +211,7 @@ def test_failed_write_leaves_what_was_there(
 
 
 def test_rejects_bad_checkpoints(
-    saved: Path, photograph: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    saved: Path, photograph: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     vit = tmp_path / 'vit'
     timm.models.save_for_hf(timm.create_model('test_vit'), vit, safe_serialization=True)
@@ -220,6 +221,7 @@ def test_rejects_bad_checkpoints(
     save_file({'nothing': torch.zeros(1)}, broken / 'model.safetensors')
     (tmp_path / 'run').mkdir()
     (tmp_path / 'run/config.yaml').touch()
+    monkeypatch.setattr('huggingface_hub.constants.HF_HUB_OFFLINE', True)
     for checkpoint, message in (
         (vit, "expected an APViT, got 'local-dir:"),
         ('test_vit', "expected an APViT, got 'test_vit', which is a VisionTransformer"),
@@ -233,7 +235,7 @@ def test_rejects_bad_checkpoints(
         ('/no/such/folder', 'expected the folder of a run or of a saved model, got '),
         ('no/such/folder', "'no/such/folder', which does not exist"),
         ('runs/frist', "got 'runs/frist', no folder: cannot create hf-hub:runs/frist"),
-        ('', 'expected'),
+        ('', "got '', which holds neither"),
     ):
         error = refused(shows, [photograph, '--checkpoint', checkpoint, '-o', tmp_path / 'x.png'], capsys)
         assert message in error
