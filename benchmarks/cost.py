@@ -128,7 +128,9 @@ def peak_memory(name: str, batch: int, repeats: int) -> dict[str, Any]:
 def main() -> None:
     """Measure, print tables, write JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--models', nargs='+', default=['apvit_tiny', 'apvit_small'])
+    parser.add_argument(
+        '--models', nargs='+', default=['apvit_tiny', 'apvit_small'], choices=timm.list_models('*apvit*')
+    )
     parser.add_argument('--batch', type=counted, default=16)
     parser.add_argument('--repeats', type=counted, default=3)
     parser.add_argument('--output', type=new_file)

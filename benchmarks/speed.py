@@ -51,7 +51,7 @@ def parse_options() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add('--models', nargs='+', default=['apvit_tiny', 'apvit_small', 'apvit_base'], choices=timm.list_models('apvit*'))
+    add('--models', nargs='+', default=['apvit_tiny', 'apvit_small', 'apvit_base'], choices=timm.list_models('*apvit*'))
     add('--tokens', nargs='+', type=counted, default=[FULL], help='numbers of patches')
     add('--sources', nargs='+', type=counted, default=[SIDE], help="sides of the APViT's images, in pixels")
     add('--modes', nargs='+', default=['forward'], choices=['forward', 'train'])

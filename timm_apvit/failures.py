@@ -39,7 +39,10 @@ def is_of_communication(error: RuntimeError) -> bool:
 
 def first_line(error: BaseException) -> str:
     """The first line of an error's message, or its name; of an error in a worker, what went wrong there."""
-    lines = (str(error).strip() or type(error).__name__).splitlines()
+    name = type(error).__name__
+    # All that a KeyError says is the key.
+    said = f'{name}: {error}' if isinstance(error, KeyError) else str(error)
+    lines = (said.strip() or name).splitlines()
     if lines[0].startswith('Caught ') and 'DataLoader worker' in lines[0]:
         return lines[-1].partition(': ')[2] or lines[-1]
     return lines[0]
