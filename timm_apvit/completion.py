@@ -7,7 +7,7 @@ from typing import Any
 
 SHELLS = ('bash', 'zsh', 'tcsh')
 # Metavars of what may be a file or a folder.
-_PATHS = {'ARGUMENT', 'DATA', 'DIR', 'FILE', 'FILE.gif', 'IMAGE', 'MODEL', 'NAME|FILE|self', 'SCRIPT'}
+_PATHS = {'DATA', 'DIR', 'FILE', 'FILE.gif', 'IMAGE', 'MODEL', 'NAME|FILE|self', 'SCRIPT'}
 
 
 def add_completion_argument(parser: argparse.ArgumentParser, complete: Callable[[], argparse.ArgumentParser]) -> None:
