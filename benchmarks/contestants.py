@@ -8,13 +8,9 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from timm_apvit import APViT
-from timm_apvit.coords import anchors
+from timm_apvit import TRANSFORMS, Anchors, Layout, Localizer, Look, register_localizer, register_transform
 from timm_apvit.finetuning.twin import create_twin
-from timm_apvit.geometry import PatchGeometry, place_inside
-from timm_apvit.localizer import Localizer
-from timm_apvit.patching import AdaptivePatching
-from timm_apvit.transforms import PatchTransform
+from timm_apvit.patching.cnn import CNNLocalizer
 
 CONTESTANTS = {
     'fixed': "timm's ViT on a fixed grid, on the image resized with anti-aliasing",
@@ -24,6 +20,8 @@ CONTESTANTS = {
     'adaptive': 'the learned patches',
     'object': 'the ceiling: a grid put on the object by ground truth',
 }
+# How far patches may move that reach all of the image, in cells.
+FAR = 1000.0
 VARIANTS = {
     'no-pyramid': 'patches sampled bilinearly, which aliases',
     'no-context': 'a localisation network that sees at each anchor only what is near it',
@@ -31,6 +29,15 @@ VARIANTS = {
     'localizer-32': 'a localisation network that sees 32 instead of 64 pixels along a side',
     'localizer-96': 'one that sees 96',
     'localizer-narrow': 'one with half the channels',
+}
+# How a model is made one of the `VARIANTS`; tokens without geometry are not a matter of arguments.
+VARIANT_ARGS: dict[str, dict[str, Any]] = {
+    'no-pyramid': {'transform': 'point_sampled'},
+    'no-context': {'localizer': 'no_context'},
+    'no-geometry': {},
+    'localizer-32': {'localizer': {'name': 'cnn', 'side': 32}},
+    'localizer-96': {'localizer': {'name': 'cnn', 'side': 96}},
+    'localizer-narrow': {'localizer': {'name': 'cnn', 'width': 32}},
 }
 # A ViT small enough for a CPU, from scratch. Without the last three it takes several times as long to learn anything.
 SCRATCH: dict[str, Any] = {
@@ -42,35 +49,60 @@ SCRATCH: dict[str, Any] = {
     'weight_init': 'jax',
 }
 # DINOv2's ViT-S/14.
-DINOV2: dict[str, Any] = {'patch_size': 14, 'init_values': 1e-5}
+DINOV2_PATCH = 14
 
 
-class PlacedPatching(AdaptivePatching):
-    """Patches of the anchors' size whose centres no network chooses."""
+class Placed(Localizer):
+    """Patches of the anchors' size whose centres no network chooses: by chance, or closer together in the middle.
 
-    by_chance = False
+    For the family ``'translation'`` with `FAR`, which reaches all of the image.
+    """
 
-    def forward(self, image: Tensor, layout: tuple[int, int] | None = None) -> tuple[Tensor, PatchGeometry]:
-        """Take the patches of a batch; see `AdaptivePatching`."""
-        used = layout or self.layout
-        centres, extents = (each.expand(len(image), -1, -1) for each in anchors(used, image.device))
+    def __init__(self, fields: dict[str, int], by_chance: bool, **_: Any) -> None:
+        super().__init__()
+        self.by_chance = by_chance
+
+    def level(self, image_size: tuple[int, int]) -> int:
+        """It looks at nothing."""
+        return 0
+
+    def look(self, pyramid: list[Tensor]) -> Look:
+        """See `Localizer`; its memory is the number of images."""
+        return Look(len(pyramid[0]))
+
+    def forward(self, look: Look, anchors: Anchors) -> dict[str, Tensor]:
+        """See `Localizer`."""
+        centres = anchors.centres.expand(look.memory, -1, -1)
         if self.by_chance:
             # Other places for every image in training; for a test always the same ones.
-            generator = None if self.training else torch.Generator(image.device).manual_seed(0)
-            centres = torch.rand(centres.shape, generator=generator, device=image.device) * 2 - 1
+            generator = None if self.training else torch.Generator(centres.device).manual_seed(0)
+            wanted = torch.rand(centres.shape, generator=generator, device=centres.device) * 2 - 1
         else:
-            centres = centres.sign() * centres.abs() ** 1.5
-        zeros = torch.zeros_like(centres[..., 0])
-        geometry = place_inside(centres, extents, zeros, zeros, (image.shape[2], image.shape[3]))
-        return self.sample(image, geometry, used), geometry
+            wanted = centres.sign() * centres.abs() ** 1.5
+        return {'shift': torch.atanh((wanted - centres) / (2 * FAR * anchors.extents))}
 
 
-class PointSampledTransform(PatchTransform):
+class NoContext(CNNLocalizer):
+    """The localisation network without its context branch."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.context, self.from_context = nn.Flatten(), Nothing(self.width)
+
+
+class PointSampled(TRANSFORMS['scale']):  # type: ignore[misc]
     """A transform whose patches are read as if none covered more pixels than it has samples."""
 
-    def max_footprint(self, layout: tuple[int, int], image_size: tuple[int, int], patch_size: tuple[int, int]) -> float:
+    def max_footprint(self, layout: Layout, image_size: tuple[int, int], patch_size: tuple[int, int]) -> float:
         """No more than one pixel per sample, which needs no pyramid."""
         return 1.0
+
+
+def register_parts() -> None:
+    """Make the parts above known by name; when they are needed, so that to import this file changes nothing."""
+    register_localizer('placed', Placed)
+    register_localizer('no_context', NoContext)
+    register_transform('point_sampled', PointSampled)
 
 
 class Nothing(nn.Module):
@@ -95,7 +127,7 @@ def square(num_patches: int) -> tuple[int, int]:
 
 def crop_side(name: str, num_patches: int, pretrained: bool) -> int | None:
     """Pixels along the side of the crops that a contestant is given instead of whole images; None: it is not."""
-    patch: int = DINOV2['patch_size'] if pretrained else 16
+    patch = DINOV2_PATCH if pretrained else 16
     return math.isqrt(num_patches) * patch if name == 'object' else None
 
 
@@ -116,43 +148,29 @@ def create_contestant(
         raise ValueError(f'expected max_focus for the adaptive patches only, got it for {name!r}')
     if name != 'adaptive' and variant is not None:
         raise ValueError(f'expected a variant of the adaptive patches only, got {variant!r} for {name!r}')
-    common = {'num_patches': square(num_patches), 'num_classes': 10, 'img_size': side, **kwargs}
+    register_parts()
+    arguments = {**placed(name), **VARIANT_ARGS.get(variant or '', {}), **kwargs}
+    common = {'num_patches': square(num_patches), 'num_classes': 10, 'img_size': side, **arguments}
     if weights is None:
         model = timm.create_model('test_apvit', **{**SCRATCH, 'in_chans': 1, **common})
     else:
         overlay = {'file': str(weights), 'custom_load': False, 'num_classes': 0, 'input_size': (3, 518, 518)}
-        model = timm.create_model('apvit_small', pretrained=True, pretrained_cfg_overlay=overlay, **DINOV2, **common)
+        name_of_twin = 'apvit_small_patch14_dinov2'
+        model = timm.create_model(name_of_twin, pretrained=True, pretrained_cfg_overlay=overlay, **common)
     if name in ('fixed', 'object'):
-        return create_twin(model, **(DINOV2 if weights else SCRATCH))
-    if variant is not None:
-        vary(model, variant)
-    return place(model, name)
-
-
-def vary(model: APViT, variant: str) -> None:
-    """Make a new model one of the `VARIANTS`."""
-    patching = model.patch_embed.patching
-    localizer = patching.localizer
-    if variant == 'no-pyramid':
-        family = type(patching.transform)
-        patching.transform.__class__ = type(family.__name__, (PointSampledTransform, family), {})
-    elif variant == 'no-context':
-        localizer.from_context = Nothing(localizer.width)
-    elif variant == 'no-geometry':
+        return create_twin(model)
+    if variant == 'no-geometry':
         model.patch_embed.geometry_embed = Nothing(model.embed_dim)
-    else:
-        own = {'localizer-32': {'side': 32}, 'localizer-96': {'side': 96}, 'localizer-narrow': {'width': 32}}[variant]
-        patching.localizer = Localizer(patching.transform.fields, patching.in_chans, **own)
-
-
-def place(model: APViT, name: str) -> APViT:
-    """Let a model take its patches in the way of a contestant."""
-    patching = model.patch_embed.patching
-    if name in ('random', 'centre'):
-        patching.__class__ = PlacedPatching
-        patching.by_chance = name == 'random'
     if name == 'frozen':
         # Layers at zero would be the fixed grid: these move a patch by up to half its range.
-        for layer in patching.localizer.fields.values():
+        for layer in model.patch_embed.patching.localizer.fields.values():
             nn.init.normal_(layer.weight, std=0.1)
     return model
+
+
+def placed(name: str) -> dict[str, Any]:
+    """The arguments of a contestant whose patches no trained network places."""
+    if name not in ('random', 'centre'):
+        return {}
+    localizer = {'name': 'placed', 'by_chance': name == 'random'}
+    return {'transform': 'translation', 'max_shift': FAR, 'localizer': localizer}

@@ -26,7 +26,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 import timm_apvit
-from timm_apvit.sampling import mip_pyramid
+from timm_apvit import Anchors
+from timm_apvit.patching.sampling import mip_pyramid
 
 _aten = torch.ops.aten
 _FREE = {'empty', 'zeros', 'ones', 'full', 'arange', 'copy_', '_to_copy', 'clone', 'cat', 'stack', 'detach', 'index'}
@@ -72,12 +73,11 @@ def added_multiply_adds(name: str) -> dict[str, Any]:
     vit, model = timm.create_model(timm_apvit.vit_name(name)), timm.create_model(name)
     image = torch.randn(1, 3, 224, 224)
     ours, theirs = multiply_adds(model, image), multiply_adds(vit, image)
-    centres, extents = torch.zeros(196, 2), torch.ones(196, 2)
+    anchors = Anchors(torch.zeros(196, 2), torch.ones(196, 2))
     localizer = model.patch_embed.patching.localizer
-    level = localizer.level((224, 224))
-    seen = mip_pyramid(image, level + 1)[level]
+    seen = mip_pyramid(image, localizer.level((224, 224)) + 1)
     with torch.no_grad(), Counted() as counted:
-        localizer(*localizer.look(seen), centres, extents)
+        localizer(localizer.look(seen), anchors)
     added = ours.total() - theirs.total()
     return {
         'model': name,
@@ -129,7 +129,11 @@ def main() -> None:
     """Measure, print tables, write JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        '--models', nargs='+', default=['apvit_tiny', 'apvit_small'], choices=timm.list_models('*apvit*')
+        '--models',
+        nargs='+',
+        default=['apvit_tiny', 'apvit_small'],
+        choices=timm.list_models('*apvit*'),
+        metavar='MODEL',
     )
     parser.add_argument('--batch', type=counted, default=16)
     parser.add_argument('--repeats', type=counted, default=3)

@@ -16,11 +16,11 @@ from PIL import Image
 from skimage import data
 
 from timm_apvit.__main__ import main as timm_apvit
-from timm_apvit.figures import load_drawing
 from timm_apvit.files import replacing
 from timm_apvit.finetuning.checkpoints import snapshots
 from timm_apvit.finetuning.models import load_model
-from timm_apvit.visualize import animate_training, compare, plot_patches
+from timm_apvit.pictures.figures import load_drawing
+from timm_apvit.pictures.plots import animate_training, compare, plot_patches
 
 FIGURES = Path(__file__).parent / 'figures'
 PHOTOGRAPHS = ('astronaut', 'chelsea', 'coffee', 'rocket')
@@ -55,8 +55,8 @@ def train(photographs: dict[str, NDArray[np.uint8]], weights: Path, run: Path, t
             for n in range(number):
                 crop(photograph, generator).save(folder / split / name / f'{n:03d}.png')
     status = timm_apvit(
-        ['finetune', str(folder), '--model', 'apvit_small', '--checkpoint', str(weights), '--img-size', str(SIDE),
-         '--model-kwargs', 'patch_size=14', 'init_values=1e-5', 'max_shift=2', '--num-patches', '8x8',
+        ['finetune', str(folder), '--model', 'apvit_small_patch14_dinov2', '--checkpoint', str(weights),
+         '--img-size', str(SIDE), '--model-kwargs', 'max_shift=2', '--num-patches', '8x8',
          '--teacher', 'self', '--distill-weight', '0', '--attention-weight', '3', '--localizer-lr-scale', '10',
          '--epochs', '6', '--batch-size', '16', '--workers', '0', '--threads', str(threads),
          '--snapshots', '--output', str(run)]

@@ -60,7 +60,7 @@ def main() -> None:
     """Measure, print a table, write JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('run')
-    parser.add_argument('--speed-of', default='apvit_small', choices=timm.list_models('*apvit*'))
+    parser.add_argument('--speed-of', default='apvit_small', choices=timm.list_models('*apvit*'), metavar='MODEL')
     parser.add_argument('--num-patches', type=counted, default=98)
     parser.add_argument('--rounds', type=counted, default=15)
     parser.add_argument('--output', type=new_file)

@@ -10,7 +10,9 @@ from unittest import mock
 
 from torch import nn
 
-from timm_apvit import patch_embed, patching, vision_transformer
+from timm_apvit.models import patch_embed
+from timm_apvit.patching import layer as patching
+from timm_apvit.patching import pos_embed
 
 REST = 'everything else'
 
@@ -29,8 +31,8 @@ def time_parts(model: nn.Module, step: Callable[[], None], rounds: int) -> dict[
         ('sampling', patching, 'sample_patches'),
         ('projection', embed, '_project'),
         ('geometry: embedding', patch_embed, 'geometry_features'),
-        ('position', vision_transformer, 'interpolate_pos_embed'),
-        ('position', vision_transformer, 'resample_pos_embed'),
+        ('position', pos_embed, 'interpolate_pos_embed'),
+        ('position', pos_embed, 'resample_pos_embed'),
         *(('blocks', block, 'forward') for block in model.blocks),
     ]
     spent: dict[str, float] = dict.fromkeys([name for name, *_ in owners] + [REST], 0.0)

@@ -25,8 +25,8 @@ from timing import keep_memory, peak_memory, quartiles, time_in_turns
 from torch import Tensor
 
 from timm_apvit import AdaptivePatching, PatchGeometry
-from timm_apvit.coords import anchors, sample_grid
-from timm_apvit.geometry import patch_points
+from timm_apvit.patching.coords import sample_grid
+from timm_apvit.patching.geometry import patch_points
 
 PATCH = 16
 COPIED = 1 << 26  # floats, 256 MiB: beyond any cache
@@ -42,7 +42,7 @@ class Sampling:
         fields = self.patching.transform.fields
         raw = {name: torch.randn(batch, tokens, width, device=device) for name, width in fields.items()}
         self.geometry: PatchGeometry = self.patching.transform(
-            raw, *anchors(self.patching.layout, self.image.device), (source, source)
+            raw, self.patching.layout.anchors(self.image.device), (source, source)
         )
 
     def package(self) -> Tensor:

@@ -27,6 +27,7 @@ from timing import keep_memory, peak_memory, quartiles, time_in_turns
 from torch import Tensor, nn
 
 import timm_apvit
+from timm_apvit.patching.anchors import rows_of
 
 SIDE, PATCH = 224, 16
 FULL = (SIDE // PATCH) ** 2
@@ -51,7 +52,13 @@ def parse_options() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add('--models', nargs='+', default=['apvit_tiny', 'apvit_small', 'apvit_base'], choices=timm.list_models('*apvit*'))
+    add(
+        '--models',
+        nargs='+',
+        default=['apvit_tiny', 'apvit_small', 'apvit_base'],
+        choices=timm.list_models('*apvit*'),
+        metavar='MODEL',
+    )
     add('--tokens', nargs='+', type=counted, default=[FULL], help='numbers of patches')
     add('--sources', nargs='+', type=counted, default=[SIDE], help="sides of the APViT's images, in pixels")
     add('--modes', nargs='+', default=['forward'], choices=['forward', 'train'])
@@ -85,7 +92,7 @@ def measure(case: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]
     torch.compiler.reset()
     name = timm_apvit.vit_name(case['model'])
     # A layout of N patches has as many rows and columns as an image of this size.
-    rows, columns = timm_apvit.coords.layout_grid(timm_apvit.coords.resolve_layout(case['tokens'], (SIDE, SIDE)))
+    rows, columns = rows_of(case['tokens'], (SIDE, SIDE)).grid
     sizes = {'full': (SIDE, SIDE), 'few': (rows * PATCH, columns * PATCH)}
     models = {'ours': randomised(timm.create_model(case['model'], num_patches=case['tokens']))}
     images = {'ours': (case['source'], case['source'])}

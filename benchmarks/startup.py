@@ -34,7 +34,7 @@ print(json.dumps({'import_milliseconds': 1000 * imported, 'vit': vit, 'ours': ou
 def main() -> None:
     """Measure, print, write JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--model', default='apvit_small', choices=timm.list_models('*apvit*'))
+    parser.add_argument('--model', default='apvit_small', choices=timm.list_models('*apvit*'), metavar='MODEL')
     parser.add_argument('--processes', type=counted, default=5)
     parser.add_argument('--output', type=new_file)
     args = parser.parse_args()

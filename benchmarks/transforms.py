@@ -23,7 +23,7 @@ REFERENCE = 'similarity'
 def main() -> None:
     """Measure, print a table, write JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--model', default='apvit_small', choices=timm.list_models('*apvit*'))
+    parser.add_argument('--model', default='apvit_small', choices=timm.list_models('*apvit*'), metavar='MODEL')
     parser.add_argument('--batch', type=counted, default=8)
     parser.add_argument('--rounds', type=counted, default=15)
     parser.add_argument('--threads', type=counted, default=1)

@@ -1,7 +1,7 @@
 """Shared fixtures: photographs, real weights, trained-looking models."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +10,8 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from timm_apvit.images import image_config
+import timm_apvit
+from timm_apvit.pictures.images import image_config
 
 # Tests are small: a second thread costs more than it gives, and much more on a busy machine.
 torch.set_num_threads(1)
@@ -21,6 +22,17 @@ DINOV2 = 'vit_small_patch14_dinov2.fp16.safetensors'
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _parts() -> Iterator[None]:
+    """Forget what a test registers."""
+    tables = timm_apvit.TRANSFORMS, timm_apvit.LAYOUTS, timm_apvit.LOCALIZERS
+    before = [dict(table) for table in tables]
+    yield
+    for table, parts in zip(tables, before, strict=True):
+        table.clear()
+        table.update(parts)
 
 
 @pytest.fixture(scope='session')

@@ -10,8 +10,8 @@ import torch
 from conftest import create
 from PIL import Image
 
-from timm_apvit import drawing
-from timm_apvit.visualize import animate, animate_training
+from timm_apvit.pictures import drawing
+from timm_apvit.pictures.plots import animate, animate_training
 
 
 def test_animation_has_a_frame_for_each_budget() -> None:

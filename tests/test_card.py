@@ -11,7 +11,7 @@ from hub_uploads import front_matter, problems_of_card
 from huggingface_hub import ModelCard
 
 from timm_apvit import CardDetails
-from timm_apvit.card import model_card, with_origin
+from timm_apvit.hub.card import model_card, with_origin
 from timm_apvit.results import results_table
 
 VIT = 'timm/vit_small_patch16_224.augreg_in21k_ft_in1k'

@@ -4,7 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from timm_apvit.coords import anchors, check_num_patches, layout_grid, resolve_layout, sample_grid
+from timm_apvit.patching.anchors import Rows, check_num_patches, resolve_layout
+from timm_apvit.patching.coords import sample_grid
 
 CPU = torch.device('cpu')
 
@@ -16,7 +17,7 @@ def test_convention_sample_grid_is_that_of_affine_grid():
 
 
 def test_convention_grid_anchors_are_row_by_row_cell_centres():
-    centres, extents = anchors((15, 3), CPU)
+    centres, extents, _ = Rows(15, 3).anchors(CPU)
     expected = F.affine_grid(torch.eye(2, 3)[None], [1, 1, 3, 5], align_corners=False)[0].reshape(-1, 2)
     torch.testing.assert_close(centres, expected)
     torch.testing.assert_close(extents, torch.tensor([1 / 5, 1 / 3]).expand(15, 2))
@@ -26,7 +27,7 @@ def test_convention_grid_anchors_are_row_by_row_cell_centres():
 @pytest.mark.parametrize('base', [(14, 14), (10, 14), (1, 9)])
 def test_anchors_tile_the_image(num, base):
     """Every point of the image lies in exactly one anchor."""
-    centres, extents = anchors(resolve_layout(num, base), CPU)
+    centres, extents, _ = resolve_layout(num, base).anchors(CPU)
     assert centres.shape == extents.shape == (num, 2)
     points = torch.rand(5000, 1, 2) * 2 - 1
     inside = ((points - centres).abs() < extents).all(dim=-1).sum(dim=1)
@@ -36,19 +37,19 @@ def test_anchors_tile_the_image(num, base):
 
 def test_anchors_of_a_row_are_equal_and_rows_differ_by_one_at_most():
     num, rows = 97, 10
-    centres, _ = anchors((num, rows), CPU)
+    centres = Rows(num, rows).anchors(CPU).centres
     counts = torch.unique(centres[:, 1], return_counts=True)[1]
     assert counts.tolist() == [(r + 1) * num // rows - r * num // rows for r in range(rows)]
 
 
 def test_layout_of_the_base_count_is_the_base_grid():
-    assert resolve_layout(18, (2, 9)) == (18, 2)
-    assert resolve_layout((3, 6), (2, 9)) == (18, 3)
-    assert resolve_layout([3, 6], (2, 9)) == (18, 3)
-    assert resolve_layout(98, (14, 14)) == (98, 10)
-    assert [layout_grid(layout) for layout in ((18, 3), (98, 10), (7, 3), (1, 1))] == [(3, 6), (10, 10), (3, 2), (1, 1)]
-    assert resolve_layout(1, (14, 14)) == (1, 1)
-    assert resolve_layout(3, (100, 1)) == (3, 3)
+    assert resolve_layout(18, (2, 9)).grids == (Rows(18, 2),)
+    assert resolve_layout((3, 6), (2, 9)) == resolve_layout([3, 6], (2, 9))
+    assert resolve_layout((3, 6), (2, 9)).grids == (Rows(18, 3),)
+    assert resolve_layout(98, (14, 14)).grids == (Rows(98, 10),)
+    assert [Rows(*rows).grid for rows in ((18, 3), (98, 10), (7, 3), (1, 1))] == [(3, 6), (10, 10), (3, 2), (1, 1)]
+    assert resolve_layout(1, (14, 14)).grids == (Rows(1, 1),)
+    assert resolve_layout(3, (100, 1)).grids == (Rows(3, 3),)
 
 
 @pytest.mark.parametrize('bad', [0, -1, 2.0, '4', True, (0, 4), (4,), (4, 4, 4), (4, 1.5), None, [], (True, 2)])

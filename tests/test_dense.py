@@ -5,9 +5,9 @@ import timm
 import torch
 from conftest import move_patches, vit_and_apvit
 
-from timm_apvit.coords import anchors
-from timm_apvit.dense import dense_map, splat_weights
-from timm_apvit.geometry import place_inside
+from timm_apvit.models.dense import dense_map, splat_weights
+from timm_apvit.patching.anchors import Rows
+from timm_apvit.patching.geometry import place_inside
 
 CPU = torch.device('cpu')
 
@@ -19,7 +19,7 @@ def random_geometry(batch=2, num=9, rotation=1.0):
 
 
 def grid_geometry(grid):
-    centres, extents = anchors((grid[0] * grid[1], grid[0]), CPU)
+    centres, extents, _ = Rows(grid[0] * grid[1], grid[0]).anchors(CPU)
     zero = torch.zeros(1, len(centres))
     return place_inside(centres[None], extents[None], zero, zero, (48, 80))
 
@@ -56,7 +56,7 @@ def test_constant_tokens_give_a_constant_map_and_every_cell_a_value(grid):
 def test_weights_are_shares_of_overlap_against_painting(rotation, tolerance):
     """Paint patches on a fine raster: the mean coverage of a cell is its share (near it, where a patch is turned)."""
     geometry, grid, fine = random_geometry(1, 6, rotation), (3, 4), 100
-    centres, _ = anchors((grid[0] * fine * grid[1] * fine, grid[0] * fine), CPU)
+    centres = Rows(grid[0] * fine * grid[1] * fine, grid[0] * fine).anchors(CPU).centres
     offset = centres[:, None] - geometry.centres[0]
     local = torch.linalg.solve(geometry.image_from_patch[0], offset[..., None])[..., 0]
     painted = (local.abs() <= 1).all(dim=-1).float().reshape(grid[0], fine, grid[1], fine, 6).mean(dim=(1, 3))

@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from timm_apvit import TRANSFORMS
-from timm_apvit.coords import anchors, sample_grid
-from timm_apvit.geometry import footprint, patch_jacobians, patch_points
-from timm_apvit.warps import MAX_STRAIN, lattice
+from timm_apvit.patching.anchors import Anchors, Layout, Rows
+from timm_apvit.patching.coords import sample_grid
+from timm_apvit.patching.geometry import footprint, patch_jacobians, patch_points
+from timm_apvit.patching.warps import MAX_STRAIN, lattice
 
 CPU = torch.device('cpu')
 SIZE = (60, 100)
@@ -33,14 +34,21 @@ def random_parameters(fields, batch=2, num=12, std=1.0, dtype=torch.float32) -> 
     return {name: torch.randn(batch, num, width, dtype=dtype) * std for name, width in fields.items()}
 
 
+def laid(num, rows):
+    """A layout of N anchors in rows."""
+    layout = Layout()
+    layout.grids = (Rows(num, rows),)
+    return layout
+
+
 def zeros(num: int, fields=FIELDS) -> dict[str, Tensor]:
     return {name: torch.zeros(1, num, width) for name, width in fields.items()}
 
 
 @pytest.mark.parametrize('name', FAMILIES)
 def test_zero_is_the_identity(name):
-    centres, extents = anchors((12, 3), CPU)
-    geometry = TRANSFORMS[name]()(zeros(12), centres, extents, SIZE)
+    centres, extents, _ = Rows(12, 3).anchors(CPU)
+    geometry = TRANSFORMS[name]()(zeros(12), Anchors(centres, extents), SIZE)
     torch.testing.assert_close(geometry.centres[0], centres)
     torch.testing.assert_close(geometry.extents[0], extents)
     expected = F.affine_grid(torch.eye(2, 3)[None], [1, 1, 3 * 4, 4 * 4], align_corners=False)[0]
@@ -55,7 +63,7 @@ def test_convention_formula_against_affine_grid(name):
     transform = TRANSFORMS[name](max_rotation=30, max_shear=0.4, max_shift=0.2, max_zoom=1.3, max_warp=0.1)
     centres, extents = torch.tensor([[0.1, -0.2]]), torch.tensor([[0.2, 0.25]])
     raw = random_parameters(FIELDS, 1, 1)
-    geometry = transform(raw, centres, extents, SIZE)
+    geometry = transform(raw, Anchors(centres, extents), SIZE)
     raw = {field: raw[field] * (field in fields) for field in FIELDS}
     phi = math.radians(30) * raw['rotation'][0, 0, 0].tanh()
     shear = 0.4 * raw['shear'][0, 0, 0].tanh()
@@ -74,11 +82,11 @@ def test_convention_formula_against_affine_grid(name):
 
 def test_convention_perspective():
     """The first parameter makes the patch denser at its right, the second at its bottom; each alone up to the bound."""
-    centres, extents = anchors((1, 1), CPU)
+    centres, extents, _ = Rows(1, 1).anchors(CPU)
     for axis, sign in ((0, 1), (0, -1), (1, 1), (1, -1)):
         raw = zeros(1)
         raw['perspective'][..., axis] = 50.0 * sign
-        geometry = TRANSFORMS['projective'](max_perspective=0.4)(raw, centres, 0.1 * extents, (50, 50))
+        geometry = TRANSFORMS['projective'](max_perspective=0.4)(raw, Anchors(centres, 0.1 * extents), (50, 50))
         expected = torch.zeros(2)
         expected[axis] = 0.4 * sign
         torch.testing.assert_close(geometry.perspective[0, 0], expected)
@@ -92,7 +100,7 @@ def test_convention_control_points_come_row_by_row():
     centres, extents = torch.zeros(1, 2), torch.full((1, 2), 0.2)
     raw = zeros(1)
     raw['warp'][0, 0, 2 * (1 * 4 + 3)] = 0.1  # x of the second row's last: u = (1, -1/3)
-    geometry = TRANSFORMS['tps'](max_warp=0.5)(raw, centres, extents, (50, 50))
+    geometry = TRANSFORMS['tps'](max_warp=0.5)(raw, Anchors(centres, extents), (50, 50))
     still = torch.tensor([[-1.0, -1], [-1, 1], [0, 0], [1, -1], [1, 1], [1 / 3, -1 / 3]])
     moved = geometry.points(torch.cat([torch.tensor([[1.0, -1 / 3]]), still]))[0, 0] / 0.2
     assert moved[0, 0] - 1 == pytest.approx(0.5 * math.tanh(0.1), rel=0.05)
@@ -103,10 +111,10 @@ def test_convention_control_points_come_row_by_row():
 @pytest.mark.parametrize(('inner', 'outer'), NESTED)
 def test_families_nest_by_field_name(inner, outer):
     assert set(TRANSFORMS[inner].fields) < set(TRANSFORMS[outer].fields)
-    centres, extents = anchors((12, 3), CPU)
+    centres, extents, _ = Rows(12, 3).anchors(CPU)
     raw = zeros(12) | random_parameters(TRANSFORMS[inner].fields, 1)
     local = sample_grid((3, 3), CPU)
-    points = [patch_points(TRANSFORMS[name]()(raw, centres, extents, SIZE), local) for name in (inner, outer)]
+    points = [patch_points(TRANSFORMS[name]()(raw, Anchors(centres, extents), SIZE), local) for name in (inner, outer)]
     torch.testing.assert_close(*points, rtol=0, atol=0)
 
 
@@ -128,25 +136,25 @@ def test_families_nest_by_field_name(inner, outer):
 def test_every_sample_lies_inside_the_image_and_no_patch_folds(name, seed, layout, std, size, patch, bounds):
     """10,000 sets of parameters for each family: 25 batches of 400 patches or more."""
     torch.manual_seed(seed)
-    centres, extents = anchors(layout, CPU)
+    centres, extents, _ = Rows(*layout).anchors(CPU)
     raw = random_parameters(TRANSFORMS[name].fields, -(-400 // layout[0]), layout[0], std)
     transform = TRANSFORMS[name](**bounds)
-    geometry = transform(raw, centres, extents, size, noise=torch.randn_like(raw['shift']))
+    geometry = transform(raw, Anchors(centres, extents), size, noise=torch.randn_like(raw['shift']))
     assert patch_points(geometry, sample_grid(patch, CPU)).abs().max() <= 1 + 1e-6
     assert geometry.outlines(30).abs().max() <= 1 + 1e-5
     assert all(value.isfinite().all() for value in geometry if value is not None)
     jacobians = patch_jacobians(geometry, sample_grid(patch, CPU))
     assert (torch.linalg.det(jacobians.double()) > 0).all()
     largest = footprint(jacobians, size, patch).max().item()
-    assert largest <= transform.max_footprint(layout, size, patch) * 1.0001
+    assert largest <= transform.max_footprint(laid(*layout), size, patch) * 1.0001
 
 
 @pytest.mark.parametrize('name', FAMILIES)
 def test_bounds_hold(name):
     fields = TRANSFORMS[name].fields
     transform = TRANSFORMS[name](max_shift=0.5, max_zoom=3.0, max_rotation=20.0, max_shear=0.25, max_perspective=0.4)
-    centres, extents = anchors((400, 20), CPU)
-    geometry = transform(random_parameters(fields, 4, 400, 5.0), centres, extents, SIZE)
+    centres, extents, _ = Rows(400, 20).anchors(CPU)
+    geometry = transform(random_parameters(fields, 4, 400, 5.0), Anchors(centres, extents), SIZE)
     zoom = geometry.extents / extents
     assert zoom.max() <= 3.001
     assert geometry.rotation.abs().max() <= math.radians(20.001)
@@ -167,19 +175,21 @@ def test_bounds_hold(name):
 def test_max_footprint_is_a_tight_bound(name, tightness):
     transform = TRANSFORMS[name](max_shift=0.5, max_zoom=3.0, max_rotation=20.0, max_shear=0.25)
     for layout in ((400, 20), (97, 10)):
-        centres, extents = anchors(layout, CPU)
+        centres, extents, _ = Rows(*layout).anchors(CPU)
         raw = random_parameters(TRANSFORMS[name].fields, 20, layout[0], 20.0)
-        geometry = transform(raw, centres, extents, SIZE)
+        geometry = transform(raw, Anchors(centres, extents), SIZE)
         everywhere = patch_jacobians(geometry, lattice(CPU, torch.float32, 9))
         largest = footprint(everywhere, SIZE, (3, 4)).max().item()
-        bound = transform.max_footprint(layout, SIZE, (3, 4))
+        bound = transform.max_footprint(laid(*layout), SIZE, (3, 4))
         assert tightness * bound < largest <= bound * 1.0001
 
 
 def test_max_footprint_of_patches_that_may_not_warp_is_that_of_the_smaller_family():
     for name, inner in (('projective', 'affine'), ('tps', 'similarity')):
         still, smaller = (TRANSFORMS[each](max_perspective=0, max_warp=0) for each in (name, inner))
-        assert still.max_footprint((9, 3), SIZE, (4, 4)) == pytest.approx(smaller.max_footprint((9, 3), SIZE, (4, 4)))
+        assert still.max_footprint(laid(9, 3), SIZE, (4, 4)) == pytest.approx(
+            smaller.max_footprint(laid(9, 3), SIZE, (4, 4))
+        )
 
 
 @pytest.mark.parametrize('name', FAMILIES)
@@ -191,7 +201,7 @@ def test_gradcheck_geometry(name):
     local = torch.rand(3, 2, dtype=torch.float64)
 
     def points(*values):
-        geometry = transform(dict(zip(fields, values, strict=True)), centres, extents, SIZE)
+        geometry = transform(dict(zip(fields, values, strict=True)), Anchors(centres, extents), SIZE)
         return patch_points(geometry, local), footprint(patch_jacobians(geometry, local), SIZE, (4, 4))
 
     assert torch.autograd.gradcheck(points, [raw[name].requires_grad_() for name in fields])
@@ -199,9 +209,9 @@ def test_gradcheck_geometry(name):
 
 @pytest.mark.parametrize('name', FAMILIES)
 def test_gradients_at_the_identity_are_finite_and_reach_every_field(name):
-    centres, extents = anchors((9, 3), CPU)
+    centres, extents, _ = Rows(9, 3).anchors(CPU)
     raw = {field: value.requires_grad_() for field, value in zeros(9, TRANSFORMS[name].fields).items()}
-    geometry = TRANSFORMS[name]()(raw, centres, extents, SIZE)
+    geometry = TRANSFORMS[name]()(raw, Anchors(centres, extents), SIZE)
     local = sample_grid((4, 4), CPU)
     steps = footprint(patch_jacobians(geometry, local), SIZE, (4, 4))
     (patch_points(geometry, local) * torch.randn(4, 4, 2)).sum().add(steps.sum()).backward()
@@ -215,11 +225,11 @@ def test_gradients_at_the_identity_are_finite_and_reach_every_field(name):
 def test_border_patch_moves_inwards(name, corner):
     """Gradient descent moves a border patch, which starts pinned, to a target inside."""
     transform = TRANSFORMS[name](max_shift=2.0)
-    centres, extents = anchors((16, 4), CPU)
+    centres, extents, _ = Rows(16, 4).anchors(CPU)
     raw = {name: value.requires_grad_() for name, value in zeros(16, TRANSFORMS[name].fields).items()}
     optimiser = torch.optim.SGD(raw.values(), lr=0.5)
     for _ in range(60):
-        geometry = transform(raw, centres, extents, SIZE)
+        geometry = transform(raw, Anchors(centres, extents), SIZE)
         loss = geometry.centres[0, corner].square().sum()
         optimiser.zero_grad()
         loss.backward()
@@ -230,11 +240,11 @@ def test_border_patch_moves_inwards(name, corner):
 def test_lone_patch_zooms_in_and_then_moves():
     """N = 1 fills the image: it is free to move only once it is smaller, and gradients make it so."""
     transform = TRANSFORMS['scale'](max_shift=1.0, max_zoom=4.0)
-    centres, extents = anchors((1, 1), CPU)
+    centres, extents, _ = Rows(1, 1).anchors(CPU)
     raw = {name: value.requires_grad_() for name, value in zeros(1, TRANSFORMS['scale'].fields).items()}
     optimiser = torch.optim.SGD(raw.values(), lr=0.3)
     for _ in range(100):
-        geometry = transform(raw, centres, extents, SIZE)
+        geometry = transform(raw, Anchors(centres, extents), SIZE)
         loss = (geometry.outlines() - torch.tensor([0.4, 0.4])).square().mean()
         optimiser.zero_grad()
         loss.backward()

@@ -7,9 +7,10 @@ import torch
 import torch.nn.functional as F
 
 from timm_apvit import TRANSFORMS
-from timm_apvit.coords import anchors, sample_grid
-from timm_apvit.geometry import footprint, inward_clamp, patch_jacobians, patch_points, place_inside
-from timm_apvit.warps import Spline
+from timm_apvit.patching.anchors import Anchors, Rows
+from timm_apvit.patching.coords import sample_grid
+from timm_apvit.patching.geometry import footprint, inward_clamp, patch_jacobians, patch_points, place_inside
+from timm_apvit.patching.warps import Spline
 
 CPU = torch.device('cpu')
 SIZE = (60, 100)
@@ -61,8 +62,8 @@ def test_convention_the_centre_is_where_a_patch_has_its_own(warp):
 
 
 def test_outlines_are_closed_and_clockwise_from_the_top_left():
-    centres, extents = anchors((1, 1), CPU)
-    geometry = TRANSFORMS['translation']()({'shift': torch.zeros(1, 1, 2)}, centres, extents, SIZE)
+    centres, extents, _ = Rows(1, 1).anchors(CPU)
+    geometry = TRANSFORMS['translation']()({'shift': torch.zeros(1, 1, 2)}, Anchors(centres, extents), SIZE)
     assert geometry.outlines()[0, 0].tolist() == [[-1, -1], [1, -1], [1, 1], [-1, 1], [-1, -1]]
     fine = geometry.outlines(4)[0, 0]
     assert fine.shape == (17, 2)

@@ -202,7 +202,7 @@ def test_card_tells_how_to_pull_the_branch(hub):
     at_branch = hub.server.branches['me/model']['v2']
     # The branch began with the card of main, which is kept.
     assert "'hf-hub:me/model'" in at_branch['README.md'].decode()
-    assert 'hf-hub:me/model@new' in timm_apvit.card.model_card(create(), 'me/model', revision='new')
+    assert 'hf-hub:me/model@new' in timm_apvit.hub.card.model_card(create(), 'me/model', revision='new')
 
 
 def test_private_repository_is_private_and_a_public_one_is_refused(hub):

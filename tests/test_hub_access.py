@@ -4,7 +4,7 @@ import pytest
 from conftest import create
 
 import timm_apvit
-from timm_apvit.hub_access import check_repo_id, explained
+from timm_apvit.hub.access import check_repo_id, explained
 
 
 @pytest.mark.parametrize('repo_id', ['a/b/c', 'a--b', 'me/', '/model', '', 'me/mod el', 'hf-hub:me/model', 'x' * 97])

@@ -77,10 +77,12 @@ def photograph(photographs, size):
     return (image - mean) / std
 
 
+DINOV2 = ('vit_small_patch14_dinov2', 'apvit_small_patch14_dinov2')
+
+
 def dinov2(name, file, **kwargs):
-    own = {'patch_size': 14, 'init_values': 1e-5} if name == 'apvit_small' else {}
     overlay = {'file': file, 'custom_load': False, 'num_classes': 0, 'input_size': (3, 518, 518)}
-    model = timm.create_model(name, pretrained=True, num_classes=0, pretrained_cfg_overlay=overlay, **own, **kwargs)
+    model = timm.create_model(name, pretrained=True, num_classes=0, pretrained_cfg_overlay=overlay, **kwargs)
     return model.eval()
 
 
@@ -88,7 +90,9 @@ def dinov2(name, file, **kwargs):
 @pytest.mark.parametrize('size', [(224, 224), (168, 280)])
 def test_features_are_the_vits_with_real_weights(dinov2_file, photographs, size, train):
     image = photograph(photographs, size)
-    vit, model = (dinov2(n, dinov2_file, img_size=224) for n in ('vit_small_patch14_dinov2', 'apvit_small'))
+    vit, model = (
+        dinov2(n, dinov2_file, img_size=224) for n in ('vit_small_patch14_dinov2', 'apvit_small_patch14_dinov2')
+    )
     if size != (224, 224):
         for each in (vit, model):
             each.set_input_size(size)
@@ -99,7 +103,9 @@ def test_features_are_the_vits_with_real_weights(dinov2_file, photographs, size,
 @pytest.mark.parametrize('autocast', [False, True])
 def test_bfloat16_is_no_further_from_the_vit_than_its_own(dinov2_file, photographs, autocast):
     image = photograph(photographs, (224, 224))
-    vit, model = (dinov2(n, dinov2_file, img_size=224) for n in ('vit_small_patch14_dinov2', 'apvit_small'))
+    vit, model = (
+        dinov2(n, dinov2_file, img_size=224) for n in ('vit_small_patch14_dinov2', 'apvit_small_patch14_dinov2')
+    )
     exact = features(vit, image)
     errors = []
     for each in (vit, model):
@@ -112,7 +118,7 @@ def test_bfloat16_is_no_further_from_the_vit_than_its_own(dinov2_file, photograp
 @pytest.mark.parametrize(('num', 'side'), [(64, 112), (16, 56)])
 def test_fewer_patches_are_the_vit_on_the_area_averaged_image(dinov2_file, photographs, num, side):
     vit = dinov2('vit_small_patch14_dinov2', dinov2_file, img_size=side)
-    model = dinov2('apvit_small', dinov2_file, img_size=224, num_patches=num)
+    model = dinov2('apvit_small_patch14_dinov2', dinov2_file, img_size=224, num_patches=num)
     cosines = []
     for photo in photographs:
         image = photograph([photo], (224, 224))

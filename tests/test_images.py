@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from timm_apvit.images import LONGEST, read_image
+from timm_apvit.pictures.images import LONGEST, read_image
 
 # A ramp to the right in red and downwards in green: it shows a flip, a turn and a scale.
 RAMP = np.zeros((12, 20, 3), dtype=np.uint8)

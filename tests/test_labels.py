@@ -6,7 +6,7 @@ import re
 import numpy as np
 import pytest
 
-from timm_apvit.labels import checked_label_names, saved_label_names
+from timm_apvit.hub.labels import checked_label_names, saved_label_names
 
 NAMES = ['owl', 'tit', 'emu']
 

@@ -6,7 +6,6 @@ import torch
 from conftest import create
 
 from timm_apvit import TRANSFORMS
-from timm_apvit.apvit import default_cfgs
 
 IMAGE = (2, 3, 50, 70)
 
@@ -16,14 +15,22 @@ def on_meta(name='test_apvit', **kwargs):
         return timm.create_model(name, **kwargs)
 
 
-@pytest.mark.parametrize('name', default_cfgs)
-def test_every_model_is_built_and_runs_by_shape_alone(name):
+FAMILIES = (
+    'apvit_large',
+    'apvit_small_patch14_reg4_dinov2',
+    'apvit_so400m_patch14_siglip_384',
+    'apvit_7b_patch16_dinov3',
+)
+
+
+@pytest.mark.parametrize('name', [*FAMILIES, 'apvit_base_patch16_rope_mixed_ape_224', 'apvit_deit3_huge_patch14_224'])
+def test_every_family_is_built_and_runs_by_shape_alone(name):
     model = on_meta(name, num_patches=(5, 7), transform='tps', max_focus=2.0)
     assert {p.device.type for p in model.parameters()} == {'meta'}
-    assert not list(model.buffers())
-    logits = model.train()(torch.empty(IMAGE, device='meta'))
-    assert (logits.shape, logits.device.type) == ((2, model.num_classes), 'meta')
-    logits.sum().backward()
+    assert not list(model.patch_embed.buffers())
+    out = model.train()(torch.empty(IMAGE, device='meta'))
+    assert (out.shape, out.device.type) == ((2, model.num_classes or model.num_features), 'meta')
+    out.sum().backward()
 
 
 @pytest.mark.parametrize('assign', [False, True], ids=['to_empty', 'assign'])

@@ -4,14 +4,18 @@ import copy
 import inspect
 
 import pytest
+import timm
 import torch
 from conftest import move_patches
 from torch import nn
 
-from timm_apvit import TRANSFORMS, AdaptivePatching, APViT, interpolate_pos_embed
-from timm_apvit.layers import ZeroLinear
-from timm_apvit.localizer import Localizer
-from timm_apvit.transforms import BOUNDS
+from timm_apvit import TRANSFORMS, AdaptivePatching, interpolate_pos_embed
+from timm_apvit.models.mixin import ADAPTIVE_ARGS
+from timm_apvit.patching.anchors import Anchors, Rows, resolve_layout
+from timm_apvit.patching.cnn import CNNLocalizer
+from timm_apvit.patching.layers import ZeroLinear
+from timm_apvit.patching.sampling import mip_pyramid
+from timm_apvit.patching.transforms import BOUNDS
 
 
 @pytest.mark.parametrize('transform', TRANSFORMS)
@@ -146,30 +150,30 @@ def test_set_num_patches_and_layout():
     patching, image = AdaptivePatching(8, 4), torch.rand(1, 3, 32, 32)
     patching.set_num_patches((2, 5))
     assert patching(image)[0].shape[1] == 10
-    assert patching(image, layout=(7, 2))[0].shape[1] == 7
-    with pytest.raises(ValueError, match=r'expected a layout \(N, rows\) with 1 <= rows <= N, got \(3, 7\)'):
-        patching(image, layout=(3, 7))
+    assert patching(image, layout=resolve_layout(7, (2, 1)))[0].shape[1] == 7
+    with pytest.raises(ValueError, match='expected 1 <= rows <= num_patches, got 7 rows of 3 patches'):
+        Rows(3, 7)
     with pytest.raises(ValueError, match='expected num_patches'):
         patching.set_num_patches(0)
 
 
-def test_defaults_of_the_bounds_agree():
-    shared = {'transform', 'jitter', 'max_focus', *BOUNDS}
-    defaults = [
-        {name: p.default for name, p in inspect.signature(each).parameters.items() if name in shared}
-        for each in (AdaptivePatching, APViT)
-    ]
-    assert defaults[0] == defaults[1]
-    assert {name: bound.default for name, bound in BOUNDS.items()}.items() < defaults[0].items()
+def test_arguments_of_a_model_are_those_of_the_patching():
+    patching = inspect.signature(AdaptivePatching).parameters
+    defaults = {name: patching[name].default for name in ADAPTIVE_ARGS - BOUNDS.keys() - {'num_patches'}}
+    model = timm.create_model('test_apvit')
+    assert model.adaptive_args() == {
+        'num_patches': None, **defaults, **{name: bound.default for name, bound in BOUNDS.items()}
+    }  # fmt: skip
 
 
 def test_localizer_parameters_know_neither_patches_nor_image():
-    localizer = Localizer({'shift': 2}, in_chans=1)
+    localizer = CNNLocalizer({'shift': 2}, in_chans=1)
     shapes = {name: p.shape for name, p in localizer.named_parameters()}
     for num, size in ((3, (5, 9)), (50, (200, 100))):
-        centres, extents = torch.rand(num, 2) * 2 - 1, torch.rand(num, 2)
-        assert localizer(*localizer.look(torch.rand(2, 1, *size)), centres, extents)['shift'].shape == (2, num, 2)
-    assert shapes == {name: p.shape for name, p in Localizer({'shift': 2}, in_chans=1).named_parameters()}
+        anchors = Anchors(torch.rand(num, 2) * 2 - 1, torch.rand(num, 2))
+        pyramid = mip_pyramid(torch.rand(2, 1, *size), localizer.level(size) + 1)
+        assert localizer(localizer.look(pyramid), anchors)['shift'].shape == (2, num, 2)
+    assert shapes == {name: p.shape for name, p in CNNLocalizer({'shift': 2}, in_chans=1).named_parameters()}
 
 
 def test_zero_linear_stays_zero_in_every_initialisation():

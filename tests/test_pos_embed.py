@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from timm_apvit import interpolate_pos_embed, resample_pos_embed
-from timm_apvit.coords import anchors
+from timm_apvit.patching.anchors import Rows
 
 CPU = torch.device('cpu')
 
@@ -14,7 +14,7 @@ CPU = torch.device('cpu')
 @pytest.mark.parametrize('prefix', [0, 1, 5])
 def test_exact_at_cell_centres(grid, prefix):
     pos_embed = torch.randn(1, prefix + grid[0] * grid[1], 8)
-    centres, _ = anchors((grid[0] * grid[1], grid[0]), CPU)
+    centres = Rows(grid[0] * grid[1], grid[0]).anchors(CPU).centres
     read = interpolate_pos_embed(pos_embed, centres.expand(3, -1, -1), grid, prefix)
     torch.testing.assert_close(read, pos_embed.expand(3, -1, -1), rtol=0, atol=1e-5)
 
@@ -74,8 +74,8 @@ def test_nan_positions_give_nan():
 )
 def test_resampling_keeps_smooth_functions_and_prefix_tokens(old, new):
     """Of an embedding that holds each cell's coordinates, every cell of the new grid gets its own."""
-    own, _ = anchors((old[0] * old[1], old[0]), CPU)
-    expected, _ = anchors((new[0] * new[1], new[0]), CPU)
+    own = Rows(old[0] * old[1], old[0]).anchors(CPU).centres
+    expected = Rows(new[0] * new[1], new[0]).anchors(CPU).centres
     resampled = resample_pos_embed(torch.cat([torch.full((1, 1, 2), 9.0), own[None]], dim=1), old, new, 1)
     inner = (expected.abs() < 0.7).all(dim=-1)
     torch.testing.assert_close(resampled[0, 1:][inner], expected[inner], rtol=0, atol=0.05)

@@ -76,7 +76,7 @@ def test_a_cast_model_may_keep_its_patching_in_float32(vit, inputs, transform):
 def test_geometry_is_that_of_the_weights_in_float32(vit, transform, dtype, kwargs):
     model, image = adaptive(vit, transform, **kwargs), torch.randn(2, 3, 96, 96)
     if kwargs:
-        randomise(model.patch_embed.patching.focus, std=0.2)
+        randomise(model.patch_embed.patching.localizer.focus, std=0.2)
     expected = model.patch_geometry(image)
     with torch.autocast('cpu', dtype=dtype):
         assert_same_geometry(model.patch_geometry(image), expected, tolerance=0)

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import timm_apvit
-from timm_apvit.vision_transformer import ADAPTIVE_KEYS
+from timm_apvit.models.checkpoint import ADAPTIVE_KEYS
 
 FIELDS = 'patch_embed.patching.localizer.fields.'
 REFUSED = (RuntimeError, ValueError, KeyError)

@@ -1,5 +1,6 @@
 """What timm's registry says of our models is what their ViTs say, and the weights that it names arrive from the Hub."""
 
+import importlib.util
 import inspect
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from timm.models import get_arch_pretrained_cfgs, is_model, is_model_pretrained,
 from timm.models.vision_transformer import checkpoint_filter_fn
 
 import timm_apvit
-from timm_apvit.vision_transformer import ADAPTIVE_KEYS
+from timm_apvit.models.checkpoint import ADAPTIVE_KEYS
 
 VIT_OF = {
     'apvit_tiny': 'vit_tiny_patch16_224',
@@ -40,6 +41,18 @@ ADAPTED = {
     'features': {'features_only': True, 'out_indices': [2, 5]},
 }
 WRONG = {'hf_hub_id': 'me/wrong'}
+# One of each family, of one block, on its own size of images.
+FAMILIES = {
+    'vit_small_patch14_reg4_dinov2': (518, 518),
+    'vit_base_patch32_clip_quickgelu_224': (224, 224),
+    'vit_base_patch16_siglip_224': (224, 224),
+    'deit3_small_patch16_224': (224, 224),
+    'deit_tiny_distilled_patch16_224': (224, 224),
+    'vit_small_patch16_dinov3': (256, 256),
+    'eva02_tiny_patch14_224': (224, 224),
+    'vit_pe_core_tiny_patch16_384': (384, 384),
+    'vit_small_patch16_rope_mixed_224': (224, 224),
+}
 # One process downloads them all, in this order; the first is broken off half-way, 'default' then repeats it.
 CALLS = {
     'cut': ('test_apvit', {}, SQUARE),
@@ -53,6 +66,7 @@ CALLS = {
     'wrong': ('test_apvit', {'pretrained_cfg_overlay': WRONG}, SQUARE),
     'wrong_adapted': ('test_apvit', {'pretrained_cfg_overlay': WRONG, 'num_classes': 7}, SQUARE),
     'saved': ('hf-hub:me/saved', {}, [2, 3, 96, 128]),
+    **{vit: (timm_apvit.twin_name(vit), {'depth': 1}, [1, 3, *size]) for vit, size in FAMILIES.items()},
 }
 
 IMPORT = """
@@ -70,7 +84,9 @@ assert (__import__('torch').get_rng_state() == random_state).all()
 heavy = {module.partition('.')[0] for module in set(sys.modules) - known} & {'matplotlib', 'sklearn', 'skimage', 'tqdm'}
 assert not heavy, heavy
 assert before < set(timm.list_models())
-sys.exit(sorted(set(timm.list_models()) - before) != sorted(sys.argv[1:]))
+new = set(timm.list_models()) - before
+assert all(name.startswith(('apvit_', 'test_apvit')) for name in new)
+sys.exit(not set(sys.argv[1:]) < new)
 """
 
 
@@ -91,18 +107,51 @@ def test_import_registers_the_models_and_does_nothing_else():
 
 
 def test_list_models():
-    assert set(timm.list_models('apvit*')) == VIT_OF.keys() - {'test_apvit'}
-    assert set(timm.list_models('*apvit*')) == VIT_OF.keys()
-    assert set(timm.list_models(module='apvit')) == VIT_OF.keys()
-    assert not VIT_OF.keys() & set(timm.list_models('vit*'))
+    ours = set(timm.list_models('*apvit*'))
+    vits = timm.list_models(module=['vision_transformer', 'deit', 'eva'])
+    assert ours == {timm_apvit.twin_name(vit) for vit in vits} | VIT_OF.keys()
+    assert ours == set(timm.list_models(module='apvit'))
+    assert {name for name in ours if not name.startswith('apvit_')} == {
+        'test_apvit',
+        'test_apvit2',
+        'test_apvit3',
+        'test_apvit4',
+    }
+    assert not ours & set(timm.list_models('vit*'))
+    assert timm.list_models('apvit_small_patch14_*dinov2') == [
+        'apvit_small_patch14_dinov2',
+        'apvit_small_patch14_reg4_dinov2',
+    ]
 
 
 def test_list_pretrained():
-    expected = {f'{name}.{tag}' for name, vit in VIT_OF.items() for tag in tags(vit)}
-    assert len(expected) > len(VIT_OF)
+    vits = {name: timm_apvit.vit_name(name) for name in timm.list_models('*apvit*')}
+    expected = {
+        f'{name}.{tag}'
+        for name, vit in vits.items()
+        for tag in tags(vit)
+        if tag and is_model_pretrained(f'{vit}.{tag}')
+    }
+    assert len(expected) > 400
     assert set(timm.list_pretrained('*apvit*')) == expected
-    assert set(timm.list_pretrained('apvit*')) == {name for name in expected if name.startswith('apvit')}
     assert timm.list_pretrained('apvit_small.*dino') == ['apvit_small.dino']
+    for name in expected:
+        ours, theirs = timm.get_pretrained_cfg(name), timm.get_pretrained_cfg(timm_apvit.vit_name(name))
+        # Where there is a repository, native checkpoints; a few have an original file alone.
+        assert (ours.hf_hub_id, ours.url) == ((theirs.hf_hub_id, None) if theirs.hf_hub_id else (None, theirs.url))
+        assert (ours.mean, ours.std, ours.license, ours.input_size) == (
+            theirs.mean, theirs.std, theirs.license, theirs.input_size
+        )  # fmt: skip
+
+
+def test_page_of_twins_is_that_of_the_registry():
+    spec = importlib.util.spec_from_file_location('twins', Path(__file__).parents[1] / 'docs' / 'twins.py')
+    twins = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(twins)
+    written = twins.PAGE.read_text()
+    if f'timm {timm.__version__}: ' not in written:
+        pytest.skip(f'docs/twins.md is of another timm than {timm.__version__}: python docs/twins.py writes it anew')
+    assert written == twins.page()
 
 
 @each_model
@@ -160,7 +209,7 @@ def test_entrypoint_is_documented_and_untrained_by_default(name, vit_name):
     entrypoint = model_entrypoint(name)
     assert inspect.getdoc(entrypoint)
     assert inspect.signature(entrypoint).parameters['pretrained'].default is False
-    assert entrypoint.__module__ == 'timm_apvit.apvit'
+    assert entrypoint.__module__ == 'timm_apvit.models.apvit'
 
 
 @each_model
@@ -192,10 +241,15 @@ def hub(tmp_path_factory):
         'me/wrong': {'model.safetensors': save(wrong)},
         'me/saved': {path.name: path.read_bytes() for path in (folder / 'saved').iterdir()},
     }
+    families = {name: randomise(timm.create_model(name, depth=1)).eval() for name in FAMILIES}
+    for name, model in families.items():
+        repositories[timm.get_pretrained_cfg(name).hf_hub_id] = {'model.safetensors': save(model.state_dict())}
     with serve(repositories) as server:
         server.truncate_once.add('timm/test_vit.r160_in1k/model.safetensors')
         results = create_models(server, folder / 'home', CALLS)
-    return SimpleNamespace(vit=vit, tagged=tagged, saved=saved, requests=server.requests, results=results)
+    return SimpleNamespace(
+        vit=vit, tagged=tagged, saved=saved, families=families, requests=server.requests, results=results
+    )
 
 
 @pytest.mark.parametrize('call', ADAPTED)
@@ -213,6 +267,12 @@ def test_downloaded_model_is_the_vit(call, hub):
         assert actual['logits'].shape == (2, 7)
     else:
         assert_equal_up_to_rounding(actual['logits'], expected(images(*shape)))
+
+
+@pytest.mark.parametrize('name', FAMILIES)
+def test_downloaded_model_of_a_family_is_the_vit(name, hub):
+    expected = hub.families[name](images(*CALLS[name][2]))
+    assert_equal_up_to_rounding(hub.results[name]['logits'], expected)
 
 
 def test_downloaded_tag_is_its_own_vit(hub):
@@ -233,6 +293,7 @@ def test_downloaded_apvit_is_the_one_that_was_saved(hub):
 def test_downloaded_model_knows_its_source(hub):
     sources = {call: result.get('base_model') for call, result in hub.results.items()}
     vit, tagged = 'timm/test_vit.r160_in1k', 'timm/vit_tiny_patch16_224.augreg_in21k'
+    assert {sources[name] for name in FAMILIES} == {timm.get_pretrained_cfg(name).hf_hub_id for name in FAMILIES}
     assert {sources[call] for call in ADAPTED if call != 'features'} == {vit}
     assert (sources['half'], sources['tag'], sources['saved']) == (vit, tagged, 'me/saved')
 
@@ -240,7 +301,8 @@ def test_downloaded_model_knows_its_source(hub):
 def test_downloads_come_from_the_vits_repositories(hub):
     asked = {request.split('/resolve/')[0].partition(' ')[2] for request in hub.requests}
     vits = {'test_vit.r160_in1k', 'vit_tiny_patch16_224.augreg_in21k', 'vit_tiny_patch16_224.augreg_in21k_ft_in1k'}
-    assert asked == {f'/timm/{name}' for name in vits} | {'/me/wrong', '/me/saved'}
+    families = {f'/{timm.get_pretrained_cfg(name).hf_hub_id}' for name in FAMILIES}
+    assert asked == {f'/timm/{name}' for name in vits} | {'/me/wrong', '/me/saved'} | families
 
 
 def test_rejects_downloads_that_fail_by_what_failed(hub):

@@ -9,10 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from timm_apvit import TRANSFORMS
-from timm_apvit.coords import anchors, sample_grid
-from timm_apvit.geometry import footprint, patch_jacobians, patch_points, place_inside
-from timm_apvit.sampling import mip_level, mip_pyramid, num_mip_levels
-from timm_apvit.sampling import sample_patches as sample_pyramid
+from timm_apvit.patching.anchors import Anchors, Rows
+from timm_apvit.patching.coords import sample_grid
+from timm_apvit.patching.geometry import footprint, patch_jacobians, patch_points, place_inside
+from timm_apvit.patching.sampling import mip_level, mip_pyramid, num_mip_levels
+from timm_apvit.patching.sampling import sample_patches as sample_pyramid
 
 CPU = torch.device('cpu')
 
@@ -27,9 +28,9 @@ def grid_patches(image: Tensor, grid: tuple[int, int], patch: int) -> Tensor:
     """Identity patches of a grid of anchors: ``(B, N, C, P, P)``."""
     size = (image.shape[-2], image.shape[-1])
     transform = TRANSFORMS['translation']()
-    centres, extents = anchors((grid[0] * grid[1], grid[0]), CPU)
+    centres, extents, _ = Rows(grid[0] * grid[1], grid[0]).anchors(CPU)
     raw = {'shift': torch.zeros(image.shape[0], grid[0] * grid[1], 2)}
-    geometry = transform(raw, centres, extents, size)
+    geometry = transform(raw, Anchors(centres, extents), size)
     points = patch_points(geometry, sample_grid((patch, patch), CPU))
     steps = footprint(geometry.image_from_patch, size, (patch, patch))
     return sample_patches(image, points, steps, steps.max().item())
@@ -219,7 +220,7 @@ def test_the_footprint_of_a_warped_patch_follows_its_samples(photographs, name, 
         raw = {each: torch.zeros(1, 30, width) for each, width in transform.fields.items()}
         raw[field] = torch.randn_like(raw[field]) * 2
         centres, extents = torch.rand(30, 2) - 0.5, 1.8 * patch / torch.tensor([size[1], size[0]]).expand(30, 2)
-        geometry = transform(raw, centres, extents, size)
+        geometry = transform(raw, Anchors(centres, extents), size)
         local = sample_grid((patch, patch), CPU)
         points, steps = patch_points(geometry, local), footprint(patch_jacobians(geometry, local), size, (patch, patch))
         cells = patch_points(geometry, sample_grid((patch * fineness, patch * fineness), CPU))

@@ -13,7 +13,7 @@ from timm.optim import create_optimizer_v2, param_groups_layer_decay
 from torch import nn
 
 import timm_apvit
-from timm_apvit.geometry import PatchGeometry
+from timm_apvit.patching.anchors import Anchors
 
 
 @pytest.mark.parametrize(
@@ -169,35 +169,17 @@ def test_a_plain_vits_state_loads_strictly_and_any_other_fails_by_name():
 
 
 @pytest.mark.parametrize('transform', timm_apvit.TRANSFORMS)
-def test_scripted_is_eager_and_geometry_is_float32_under_autocast_and_in_bfloat16(transform):
+def test_dtype_geometry_is_float32_under_autocast_and_in_bfloat16(transform):
     model, image = create(transform=transform, num_classes=3, num_patches=9), torch.randn(2, 3, 96, 96)
-    scripted = torch.jit.script(model)
-    torch.testing.assert_close(scripted(image), model(image), rtol=0, atol=1e-4)
-    patching, anchor = model.patch_embed.patching, (torch.zeros(9, 2), torch.full((9, 2), 0.2))
+    patching, anchors = model.patch_embed.patching, Anchors(torch.zeros(9, 2), torch.full((9, 2), 0.2))
     raw = {name: torch.randn(2, 9, width) for name, width in patching.transform.fields.items()}
     local = torch.rand(7, 2) * 2 - 1
-    expected = patching.transform(raw, *anchor, (96, 96)).points(local)
+    expected = patching.transform(raw, anchors, (96, 96)).points(local)
     with torch.autocast('cpu', dtype=torch.bfloat16):
         cast = copy.deepcopy(patching.transform).bfloat16()
-        for family in (patching.transform, scripted.patch_embed.patching.transform, cast):
-            placed = PatchGeometry(*family(raw, *anchor, (96, 96)))
-            torch.testing.assert_close(placed.points(local), expected, rtol=0, atol=2e-6)
+        for family in (patching.transform, cast):
+            torch.testing.assert_close(family(raw, anchors, (96, 96)).points(local), expected, rtol=0, atol=2e-6)
     assert model.bfloat16().patch_geometry(image.bfloat16()).outlines(3).dtype == torch.float32
-
-
-def test_scripted_gradients_are_those_of_eager_where_no_patch_is_at_a_bound():
-    model = create(transform='scale', num_classes=3, num_patches=9)
-    fields = model.patch_embed.patching.localizer.fields
-    with torch.no_grad():
-        for p in [*fields['shift'].parameters(), *fields['scale'].parameters()]:
-            p.zero_()
-        fields['scale'].bias.fill_(-0.3)  # smaller than their cells, which they fill at first
-    image, gradients = torch.randn(2, 3, 96, 96), []
-    for each in (model, torch.jit.script(model)):
-        model.zero_grad()
-        each(image).square().sum().backward()
-        gradients.append([p.grad.clone() for p in model.parameters()])
-    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-3, atol=1e-3)
 
 
 def test_loading_a_vit_into_a_meta_model_reports_what_it_lacks():

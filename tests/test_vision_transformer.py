@@ -9,7 +9,7 @@ from conftest import create
 from torch import nn
 
 import timm_apvit
-from timm_apvit.coords import anchors
+from timm_apvit.patching.anchors import Rows
 
 BUDGETS = [1, 2, 7, 49, 97, 98, 196, 400]
 SIZES = [(97, 211), (224, 224), (512, 384), (1024, 1024), (1, 1)]
@@ -56,7 +56,7 @@ def test_set_num_patches_equals_creation_and_goes_back():
 def test_same_count_in_another_shape_reads_the_same_places():
     """The embedding of a 4 x 16 grid holds its coordinates; an 8 x 8 grid of as many patches reads its own."""
     model = timm.create_model('test_apvit', dynamic_img_size=False, img_size=(64, 256), num_patches=(8, 8))
-    centres, _ = anchors((64, 4), torch.device('cpu'))
+    centres = Rows(64, 4).anchors(torch.device('cpu')).centres
     with torch.no_grad():
         model.pos_embed.zero_()[0, 1:, :2] = centres
         tokens = model.patch_embed(torch.zeros(1, 3, 64, 256))

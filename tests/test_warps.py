@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from timm_apvit.coords import sample_grid
-from timm_apvit.warps import (
+from timm_apvit.patching.coords import sample_grid
+from timm_apvit.patching.warps import (
     MAX_STRAIN,
     OUTLINE_MARGIN,
     OUTLINE_POINTS,

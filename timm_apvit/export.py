@@ -15,7 +15,7 @@ from torch import Tensor
 
 from timm_apvit.failures import first_line
 from timm_apvit.files import AnyPath, check_writable, replacing
-from timm_apvit.vision_transformer import APViT, check_apvit
+from timm_apvit.models.mixin import APViT, check_apvit
 
 FORMATS = {'onnx': '.onnx', 'torch': '.pt2', 'aoti': '.pt2'}  # the first of an ending is its default
 OPSET = 20

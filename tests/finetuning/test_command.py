@@ -168,7 +168,8 @@ def unsound(tmp_path: Path) -> Path:
         ('{}/empty', 'got nothing'),
         ('{}/one', "got those of 'cat' only"),
         ('{}/broken --model test_apvit', 'dog/1.png'),
-        ('--model apvit_huge', "such as apvit_base, apvit_large, apvit_small, apvit_tiny, got 'apvit_huge'"),
+        ('--model apvit_smal', "such as apvit_small, apvit_base, apvit_large, apvit_flexivit_small, got 'apvit_smal'"),
+        ('--model apvit_beit_base_patch16_224', 'a bias for each pair of cells of a fixed grid; take the twin of'),
         ('--model test_vit', "expected an APViT, got 'test_vit'"),
         ('--model local-dir:{}/empty', 'cannot create local-dir:'),
         ('--num-patches 0', "integers >= 1, got '0'"),
@@ -211,6 +212,7 @@ def unsound(tmp_path: Path) -> Path:
         ('--teacher vit_huge', "got 'vit_huge'"),
     ],
 )
+@pytest.mark.filterwarnings('ignore:Mapping deprecated model name')
 def test_rejects_bad_input_before_any_work(
     arguments: str, message: str, unsound: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

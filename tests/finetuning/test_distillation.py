@@ -11,7 +11,6 @@ from conftest import randomise
 from tiny import a_batch, tiny_learner, tiny_model
 from torch import nn
 
-from timm_apvit.attention import patch_attention
 from timm_apvit.finetuning.distillation import (
     Answer,
     Lesson,
@@ -22,7 +21,8 @@ from timm_apvit.finetuning.distillation import (
     patch_density,
 )
 from timm_apvit.finetuning.learner import Distillation
-from timm_apvit.geometry import PatchGeometry
+from timm_apvit.models.attention import patch_attention
+from timm_apvit.patching.geometry import PatchGeometry
 
 NOTHING = Weights(logits=0.0, temperature=1.0, token=0.0, attention=0.0)
 

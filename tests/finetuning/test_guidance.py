@@ -24,8 +24,8 @@ from timm_apvit.finetuning.guidance import (
 from timm_apvit.finetuning.options import Options
 from timm_apvit.finetuning.soundness import check_focus
 from timm_apvit.finetuning.training import best_row
-from timm_apvit.focus import MAX_SHIFT, MAX_ZOOM, Focus
-from timm_apvit.patching import AdaptivePatching
+from timm_apvit.patching.focus import MAX_SHIFT, MAX_ZOOM, Focus
+from timm_apvit.patching.layer import AdaptivePatching
 
 WHOLE, CLOSE = [0.0, 0.0, 1.0], [0.0, 0.0, 0.4]
 
@@ -107,7 +107,7 @@ def test_focus_closes_in_over_the_training():
 
 def test_each_lesson_teaches_the_localisation_network_and_not_the_backbone():
     model = tiny_model(max_focus=2.0)
-    focus = model.patch_embed.patching.focus
+    focus = model.patch_embed.patching.localizer.focus
     torch.nn.init.normal_(focus.saliency[1].weight)
     torch.nn.init.normal_(focus.adjust[4].weight, std=0.1)
     focus.taught = True
@@ -129,16 +129,14 @@ def test_each_lesson_teaches_the_localisation_network_and_not_the_backbone():
             gradients = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True, retain_graph=True)
             named = zip(model.named_parameters(), gradients, strict=True)
             reached = {name for (name, _), gradient in named if gradient is not None and gradient.abs().max() > 0}
-            assert all(
-                name.startswith(('patch_embed.patching.localizer.', 'patch_embed.patching.focus.')) for name in reached
-            )
-            assert f'patch_embed.patching.focus.{layer}.weight' in reached
+            assert all(name.startswith('patch_embed.patching.localizer.') for name in reached)
+            assert f'patch_embed.patching.localizer.focus.{layer}.weight' in reached
             assert 'patch_embed.patching.localizer.stem.0.0.weight' in reached
 
 
 def test_loss_is_that_of_the_labels_and_weighted_that_of_attention():
     model = tiny_model(max_focus=2.0, num_patches=16)
-    torch.nn.init.normal_(model.patch_embed.patching.focus.saliency[1].weight, std=50.0)
+    torch.nn.init.normal_(model.patch_embed.patching.localizer.focus.saliency[1].weight, std=50.0)
     images, labels = a_batch()
     answer = observed(model, images, attention=True)
     whole = answer.geometry.window[:, 2] >= 0.9
@@ -163,16 +161,19 @@ def test_labels_teach_alone_where_attention_is_not_asked():
     assert Guide(64, 10, 2.0, 0.0)(answer, labels).item() == pytest.approx(math.log(10))
     with pytest.raises(ValueError, match='expected an answer with attention'):
         Guide(64, 10, 2.0, 1.0)(answer, labels)
-    assert not tiny_learner(model, guide_weight=0.0).model.patch_embed.patching.focus.taught
-    assert tiny_learner(model).model.patch_embed.patching.focus.taught
+    for weight in (0.0, 1.0):  # the adjustment learns through the sampling unless attention teaches it
+        learner = tiny_learner(model, guide_weight=weight)
+        with learner.exposed(model, 9):
+            assert observed(model, images).geometry.window.requires_grad == (weight == 0)
+        assert observed(model, images).geometry.window.requires_grad
 
 
 def test_labels_draw_the_map_to_what_tells_the_class():
-    focus = AdaptivePatching(8, 4, max_focus=3.0).focus
+    focus = AdaptivePatching(8, 4, max_focus=3.0).localizer.focus
     features = torch.zeros(2, 64, 16, 16)
     features[0, 0, 3, 5] = features[1, 0, 9, 2] = 1.0  # what speaks for class 1
     features[0, 0, 8, 8] = features[1, 0, 8, 8] = -1.0  # and against it
-    found = focus(features, torch.zeros(2, 1, 64), 3.0)
+    found = focus(features, torch.zeros(2, 1, 64))
     guide = Guide(64, 2, 3.0, 0.0)
     with torch.no_grad():
         guide.classifier.weight[:, 0] = torch.tensor([-1.0, 1.0])
@@ -186,11 +187,15 @@ def test_labels_draw_the_map_to_what_tells_the_class():
 
 def test_an_update_sees_some_images_whole_and_closes_in():
     learner = tiny_learner(tiny_model(max_focus=2.0), epochs=10, whole_share=0.25)
-    assert learner.update([a_batch()], 0).isfinite()
     patching = learner.model.patch_embed.patching
-    assert (patching.whole_share, patching.max_focus) == (0.25, pytest.approx(1.0, abs=1e-2))
+    seen = []
+    patching.register_forward_hook(lambda *_: seen.append((patching.whole_share, patching.localizer.focus.max_focus)))
+    assert learner.update([a_batch()], 0).isfinite()
     learner.update([a_batch()], 19)
-    assert patching.max_focus == learner.tested_model().patch_embed.patching.max_focus == 2.0
+    assert seen == [(0.25, pytest.approx(1.0, abs=1e-2)), (0.25, 2.0)]
+    # Nothing of the training stays on the model, whenever it is saved.
+    assert (patching.whole_share, patching.max_focus, patching.localizer.focus.max_focus) == (0.0, 2.0, 2.0)
+    assert not patching.localizer.focus._forward_hooks
 
 
 def test_focused_run_resumes_to_the_result_of_the_unbroken_one(tmp_path, monkeypatch):

@@ -39,7 +39,8 @@ def test_pieces_give_the_gradients_of_the_whole_batch(mixes: dict[str, float], m
     monkeypatch.setattr(torch.nn.utils, 'clip_grad_norm_', record)
     losses = [weights_after(1, pieces, **mixes)[0] for pieces in (1, 4)]
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
-    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-3, atol=1e-5)
+    for whole, pieces in zip(*gradients, strict=True):  # sums of float32 in another order
+        assert (whole - pieces).norm() <= 1e-3 * whole.norm() + 1e-6
     assert max(gradient.abs().max().item() for gradient in gradients[0]) > 0.1
 
 
@@ -115,11 +116,12 @@ def test_budgets_vary_by_update_and_repeat() -> None:
 def test_jitter_falls_to_nothing() -> None:
     def jitters(**changes: Any) -> list[float]:
         learner = tiny_learner(tiny_model(jitter=0.3), updates_per_epoch=2, **changes)
-        found = []
+        patching: Any = learner.model.patch_embed.patching  # type: ignore[union-attr]
+        found: list[float] = []
+        patching.register_forward_hook(lambda *_: found.append(patching.jitter))
         for update in range(6):
             learner.update([a_batch(2)], update)
-            found.append(learner.model.patch_embed.patching.jitter)
-        assert learner.tested_model().patch_embed.patching.jitter == found[-1]
+        assert patching.jitter == 0.3  # as the user made it, whenever it is saved
         return found
 
     assert jitters() == [0.3] * 6

@@ -26,7 +26,7 @@ def test_twin_of_a_new_model_at_the_full_grid_is_that_model() -> None:
 
 def test_twin_sees_the_image_made_smaller() -> None:
     model = make(img_size=(64, 96), patch_size=8, num_patches=(2, 4), max_shift=0.5, drop_path_rate=0.2)
-    twin = create_twin(model, drop_path_rate=0.2, max_shift=0.5).eval()
+    twin = create_twin(model).eval()
     assert not isinstance(twin, timm_apvit.APViT)
     assert twin.patch_embed.img_size == (16, 32)
     assert twin.patch_embed.num_patches == 8

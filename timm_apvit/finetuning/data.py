@@ -10,7 +10,7 @@ import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import islice
-from typing import Any, NamedTuple, Union
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -162,7 +162,7 @@ class Stream:
         reader.dist_rank, reader.dist_num_replicas = 0, 1
 
 
-AnySamples = Union[Samples, Stream]
+AnySamples = Samples | Stream
 
 
 class _Part(IterableDataset[Sample]):

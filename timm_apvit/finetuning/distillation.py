@@ -11,12 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from timm_apvit.attention import attends, inputs_of, outputs_of, patch_attention
-from timm_apvit.coords import anchors
-from timm_apvit.dense import splat_weights
-from timm_apvit.focus import Focus
-from timm_apvit.geometry import PatchGeometry
-from timm_apvit.vision_transformer import APViT
+from timm_apvit.models.attention import attends, calls_of, patch_attention
+from timm_apvit.models.dense import splat_weights
+from timm_apvit.models.mixin import APViT
+from timm_apvit.patching.anchors import Rows
+from timm_apvit.patching.focus import Focus, focus_of
+from timm_apvit.patching.geometry import PatchGeometry
 
 
 class Weights(NamedTuple):
@@ -119,17 +119,18 @@ def observed(model: nn.Module, images: Tensor, network: nn.Module | None = None,
     classifier: nn.Module = getattr(model, 'get_classifier')()  # noqa: B009  of every timm model
     layer: nn.Module | None = model.blocks[-1].attn if attention else None  # type: ignore[union-attr, index]
     patch_embed = model.patch_embed if isinstance(model, APViT) else None
-    focus = patch_embed and patch_embed.patching.focus
+    focus = patch_embed and focus_of(patch_embed.patching.localizer)
     with (
-        inputs_of(classifier) as features,
-        inputs_of(layer) as tokens,
-        outputs_of(patch_embed) as seen,
-        outputs_of(focus) as found,
+        calls_of(classifier) as classified,
+        calls_of(layer) as attended,
+        calls_of(patch_embed) as seen,
+        calls_of(focus) as found,
     ):
         logits = (network or model)(images)
     with torch.no_grad():
-        received = patch_attention(model, layer, tokens[0]) if attention else None
-    return Answer(logits, features[0], seen[0].geometry if seen else None, received, found[0] if found else None)
+        received = patch_attention(model, layer, attended[0][0]) if attention else None
+    geometry = seen[0][1].geometry if seen else None
+    return Answer(logits, classified[0][0], geometry, received, found[0][1] if found else None)
 
 
 def check_attends(model: nn.Module) -> None:
@@ -154,7 +155,7 @@ def patch_density(geometry: PatchGeometry, grid: tuple[int, int]) -> Tensor:
     Each patch counts alike, as a Gaussian over the cells whose deviation along each axis is the patch's half-extent in
     that direction. Unlike the patch itself it ends nowhere, so that cells which no patch covers draw patches to them.
     """
-    cells, _ = anchors((grid[0] * grid[1], grid[0]), geometry.centres.device)
+    cells = Rows(grid[0] * grid[1], grid[0]).anchors(geometry.centres.device).centres
     deviations = geometry.image_from_patch.norm(dim=-1)  # (B, N, 2)
     distances = (cells - geometry.centres.unsqueeze(2)) / deviations.unsqueeze(2)  # (B, N, gh * gw, 2)
     return torch.softmax(-0.5 * distances.square().sum(dim=-1), dim=-1).mean(dim=1)

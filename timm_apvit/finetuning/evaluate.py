@@ -29,8 +29,8 @@ from timm_apvit.finetuning.options import Options
 from timm_apvit.finetuning.parsing import Budget, count, format_budget, number, parse_num_patches
 from timm_apvit.finetuning.preparation import checked_device
 from timm_apvit.finetuning.sources import load_test
-from timm_apvit.images import image_config
-from timm_apvit.vision_transformer import APViT
+from timm_apvit.models.mixin import APViT
+from timm_apvit.pictures.images import image_config
 
 DATA_NAMES = {field.name for field in fields(DataOptions)}
 SECONDS = 1.0  # that each speed is measured for, at least

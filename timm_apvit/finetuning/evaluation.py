@@ -11,7 +11,7 @@ from torch import nn
 from timm_apvit.finetuning.data import Splits, create_batches
 from timm_apvit.finetuning.distributed import own_share, sum_over_processes
 from timm_apvit.finetuning.parsing import Budget, count, format_budget
-from timm_apvit.vision_transformer import APViT
+from timm_apvit.models.mixin import APViT
 
 
 class Scores(NamedTuple):

@@ -9,8 +9,8 @@ from timm_apvit.failures import first_line
 from timm_apvit.files import check_writable
 from timm_apvit.finetuning.models import load_model, load_weights
 from timm_apvit.finetuning.parsing import number, parse_budget
-from timm_apvit.images import image_config
-from timm_apvit.vision_transformer import APViT
+from timm_apvit.models.mixin import APViT
+from timm_apvit.pictures.images import image_config
 
 SETTINGS = ('img_size', 'opset', 'overwrite')
 

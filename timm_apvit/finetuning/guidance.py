@@ -13,6 +13,7 @@ the whole image. There the adjustment learns through the sampling.
 """
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,9 +21,9 @@ from torch import Tensor, nn
 
 from timm_apvit.finetuning.distillation import Answer, attention_on_grid
 from timm_apvit.finetuning.distributed import sum_over_processes, world_size
-from timm_apvit.focus import MAX_SHIFT, MAX_ZOOM, WHOLE, Focus, window_inside
-from timm_apvit.geometry import PatchGeometry
-from timm_apvit.layers import ZeroLinear
+from timm_apvit.patching.focus import MAX_SHIFT, MAX_ZOOM, WHOLE, Focus, window_inside
+from timm_apvit.patching.geometry import PatchGeometry
+from timm_apvit.patching.layers import ZeroLinear
 
 # The focus stays on the whole image for the first part of the training, in which labels and attention find what
 # matters, then closes in.
@@ -39,6 +40,11 @@ ADJUSTMENT_WEIGHT = 3.0
 FEWEST_PATCHES = 16
 # Of the bounds of the adjustment: a target at a bound would drive its tanh to infinity.
 REACH = 0.95
+
+
+def with_detached_window(_: nn.Module, args: Any, found: Focus) -> Focus:
+    """Hook of a `FocusNetwork`: no gradient through the sampling reaches its window."""
+    return found._replace(window=found.window.detach())
 
 
 def max_focus_at(progress: float, max_focus: float) -> float:

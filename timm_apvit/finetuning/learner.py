@@ -3,8 +3,8 @@
 import gc
 import math
 import random
-from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +16,7 @@ from timm_apvit.finetuning.data import seed_from
 from timm_apvit.finetuning.distillation import Teacher, Weights, distilled_loss, observed
 from timm_apvit.finetuning.distributed import distribute, sum_over_processes, world_size
 from timm_apvit.finetuning.evaluation import autocast
-from timm_apvit.finetuning.guidance import Guide, max_focus_at
+from timm_apvit.finetuning.guidance import Guide, max_focus_at, with_detached_window
 from timm_apvit.finetuning.mixing import Mixer
 from timm_apvit.finetuning.optimization import (
     create_optimizer,
@@ -26,7 +26,8 @@ from timm_apvit.finetuning.optimization import (
 )
 from timm_apvit.finetuning.parsing import count
 from timm_apvit.finetuning.schedule import Schedule
-from timm_apvit.vision_transformer import APViT
+from timm_apvit.models.mixin import APViT
+from timm_apvit.patching.focus import focus_of
 
 CLIP_GRAD_NORM = 1.0
 
@@ -80,11 +81,11 @@ class Learner:
         self.model = model.to(self.device)
         self.distillation = distillation
         self.max_focus = model.patch_embed.patching.max_focus if isinstance(model, APViT) else 1.0
+        self.updates = schedule.epochs * updates_per_epoch
         self.budgets = schedule.num_patches or ()
-        focus = model.patch_embed.patching.focus if isinstance(model, APViT) else None
+        focus = focus_of(model.patch_embed.patching.localizer) if isinstance(model, APViT) else None
         self.guide = None
         if focus is not None:
-            focus.taught = schedule.guide_weight > 0
             self.guide = Guide(focus.width, num_classes, self.max_focus, schedule.guide_weight).to(self.device)
         self.attends = self.guide is not None and self.guide.attention_weight > 0
         self.optimizer = create_optimizer(model, schedule, self.guide)
@@ -108,17 +109,44 @@ class Learner:
     def tested_model(self) -> nn.Module:
         """The model to test and to export, set to its largest budget."""
         model: nn.Module = self.model if self.ema is None else self.ema.module
-        if isinstance(model, APViT):
-            if self.budgets:
-                model.set_num_patches(max(self.budgets, key=count))
-            for name in ('jitter', 'max_focus'):
-                setattr(model.patch_embed.patching, name, getattr(self.model.patch_embed.patching, name))  # type: ignore[union-attr]
+        if isinstance(model, APViT) and self.budgets:
+            model.set_num_patches(max(self.budgets, key=count))
         return model
 
-    @property
-    def current_focus(self) -> float:
-        """How closely the model may focus in the last update; 1: not at all."""
-        return self.model.patch_embed.patching.max_focus if isinstance(self.model, APViT) else 1.0
+    def focus_at(self, update: int) -> float:
+        """How closely a model with focus may focus in an update."""
+        return max_focus_at(update / self.updates, self.max_focus)
+
+    @contextmanager
+    def exposed(self, model: nn.Module, update: int) -> Iterator[None]:
+        """Let a model's patches move as they are to in an update; then, and when it is saved, as its arguments say."""
+        if not isinstance(model, APViT):
+            yield
+            return
+        patching, focus = model.patch_embed.patching, focus_of(model.patch_embed.patching.localizer)
+        values: list[tuple[nn.Module, str, float]] = []
+        if self.schedule.jitter is not None:
+            done = (
+                update / (self.schedule.jitter_epochs * self.updates_per_epoch) if self.schedule.jitter_epochs else 0.0
+            )
+            values.append((patching, 'jitter', self.schedule.jitter * max(0.0, 1 - done)))
+        handle = None
+        if focus is not None:
+            values.append((focus, 'max_focus', self.focus_at(update)))
+            if self.schedule.whole_share is not None:
+                values.append((patching, 'whole_share', self.schedule.whole_share))
+            if self.schedule.guide_weight > 0:  # its lesson of its own spares it the noisier one through the sampling
+                handle = focus.register_forward_hook(with_detached_window)
+        before = [getattr(part, name) for part, name, _ in values]
+        try:
+            for part, name, value in values:
+                setattr(part, name, value)
+            yield
+        finally:
+            for (part, name, _), value in zip(values, before, strict=True):
+                setattr(part, name, value)
+            if handle is not None:
+                handle.remove()
 
     @property
     def learning_rate(self) -> float:
@@ -171,13 +199,15 @@ class Learner:
             FloatingPointError: it is not finite, on a CPU.
         """
         self.scheduler.step_update(update)
-        self._set_patches(update)
+        if len(self.budgets) > 1 and isinstance(self.model, APViT):
+            chooser = random.Random(seed_from(self.schedule.seed, update, 0, 4))
+            self.model.set_num_patches(chooser.choice(self.budgets))
         self.model.zero_grad()  # also of what the optimiser leaves alone
         self.optimizer.zero_grad()
         number = self.schedule.grad_accum
         total = torch.zeros((), device=self.device)
         for n, (images, labels) in enumerate(pieces, start=1):
-            with self._synchronising(n == number):
+            with self._synchronising(n == number), self.exposed(self.model, update):
                 loss = self._loss(images, labels, update) / number
                 if self.device.type == 'cpu':
                     # Nothing waits for it here, and to go back through patches at NaN would end the process.
@@ -215,22 +245,6 @@ class Learner:
 
     def _label_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         return F.cross_entropy(logits.float(), labels, label_smoothing=self.mixer.smoothing)
-
-    def _set_patches(self, update: int) -> None:
-        """Set the budget, the jitter and the focus of an update."""
-        if not isinstance(self.model, APViT):
-            return
-        schedule = self.schedule
-        if len(self.budgets) > 1:
-            chooser = random.Random(seed_from(schedule.seed, update, 0, 4))
-            self.model.set_num_patches(chooser.choice(self.budgets))
-        if schedule.jitter is not None:
-            done = update / (schedule.jitter_epochs * self.updates_per_epoch) if schedule.jitter_epochs else 0.0
-            self.model.patch_embed.patching.jitter = schedule.jitter * max(0.0, 1 - done)
-        if self.guide is not None:
-            patching = self.model.patch_embed.patching
-            patching.whole_share = schedule.whole_share
-            patching.max_focus = max_focus_at(update / (schedule.epochs * self.updates_per_epoch), self.max_focus)
 
     def _synchronising(self, last: bool) -> AbstractContextManager[Any]:
         """Average the gradients over the processes with the last piece only."""

@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import replace
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +16,7 @@ from timm_apvit.failures import first_line
 from timm_apvit.finetuning.checkpoints import BEST, CONFIG_FILE
 from timm_apvit.finetuning.options import Options
 from timm_apvit.finetuning.parsing import count
-from timm_apvit.vision_transformer import APViT
+from timm_apvit.models.mixin import APViT
 
 HUB_NAME = re.compile(r'\w[\w.-]*/[\w.-]+')
 CLASSIFIER_ENDS = ('head.bias', 'head/bias')
@@ -145,11 +146,12 @@ def load_weights(name: str, checkpoint: str) -> APViT:
     return create_model(Options(model=name, checkpoint=checkpoint), classes, weights=True, overlay=overlay)
 
 
-def check_registered(name: str, examples: str) -> None:
-    """Raise ValueError unless timm knows a model of this name, or where to look for it."""
-    if ':' not in name and not timm.is_model(name.partition('.')[0]):
-        models = ', '.join(sorted(timm.list_models(examples)))
-        raise ValueError(f'expected a registered model, such as {models}, got {name!r}')
+def check_registered(name: str, among: str) -> None:
+    """Raise ValueError unless timm knows a model of this name, or where to look for it; say which names are near."""
+    architecture = name.partition('.')[0]
+    if ':' not in name and not timm.is_model(architecture):
+        near = ', '.join(get_close_matches(architecture, timm.list_models(among), n=4, cutoff=0))
+        raise ValueError(f'expected a registered model, such as {near}, got {name!r}')
 
 
 def _check_apvit(name: str) -> None:

@@ -8,7 +8,7 @@ from timm.scheduler import create_scheduler_v2
 from torch import nn
 
 from timm_apvit.finetuning.schedule import Schedule
-from timm_apvit.vision_transformer import ADAPTIVE_KEYS
+from timm_apvit.models.checkpoint import ADAPTIVE_KEYS
 
 LOCALIZER, BACKBONE, HEAD = 'localizer', 'backbone', 'head'
 

@@ -2,14 +2,19 @@
 
 import argparse
 import ast
+import json
 import math
 from typing import Any
 
-Budget = int | tuple[int, int]
-"""A number of patches: N or ``(gh, gw)``."""
+from timm_apvit.patching.anchors import check_num_patches, resolve_layout
+
+EXAMPLE = '{"name": "coarse_fine", "coarse": 4, "fine": 7}'
+
+Budget = int | tuple[int, int] | dict[str, Any]
+"""A number of patches: N, ``(gh, gw)``, or a layout by name."""
 
 
-def parse_budget(text: str) -> Budget:
+def parse_budget(text: str) -> int | tuple[int, int]:
     """Parse ``N`` or ``GHxGW``."""
     parts = text.lower().split('x')
     if len(parts) > 2 or not all(part.isdecimal() and int(part) > 0 for part in parts):
@@ -19,7 +24,12 @@ def parse_budget(text: str) -> Budget:
 
 
 def parse_num_patches(text: str) -> tuple[Budget, ...]:
-    """Parse one budget, or several between commas, such as ``16,49,7x14``."""
+    """Parse one budget, or several between commas, such as ``16,49,7x14``; or a layout as a JSON mapping."""
+    if text.lstrip().startswith('{'):
+        try:
+            return (check_num_patches(json.loads(text)),)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(f'expected a layout such as {EXAMPLE}, got {text!r}: {error}') from None
     budgets = tuple(parse_budget(part.strip()) for part in text.split(','))
     counts = [count(budget) for budget in budgets]
     if len(set(counts)) < len(counts):
@@ -29,11 +39,13 @@ def parse_num_patches(text: str) -> tuple[Budget, ...]:
 
 def count(budget: Budget) -> int:
     """The number of patches of a budget."""
-    return budget if isinstance(budget, int) else budget[0] * budget[1]
+    return resolve_layout(budget, (1, 1)).num_patches
 
 
 def format_budget(budget: Budget) -> str:
-    """A budget as it is given: ``N`` or ``GHxGW``."""
+    """A budget as it is given: ``N``, ``GHxGW``, or JSON."""
+    if isinstance(budget, dict):
+        return json.dumps(budget)
     return str(budget) if isinstance(budget, int) else f'{budget[0]}x{budget[1]}'
 
 

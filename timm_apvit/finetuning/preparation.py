@@ -34,8 +34,8 @@ from timm_apvit.finetuning.sources import is_path, load_splits
 from timm_apvit.finetuning.teachers import create_distillation
 from timm_apvit.finetuning.training import STATE_KEYS
 from timm_apvit.finetuning.twin import create_twin
-from timm_apvit.images import image_config
-from timm_apvit.vision_transformer import APViT
+from timm_apvit.models.mixin import APViT
+from timm_apvit.pictures.images import image_config
 
 
 class Run(NamedTuple):
@@ -111,7 +111,7 @@ def prepare(given: dict[str, Any]) -> Run:
     check_focus(start.model, options, schedule.guide_weight)
     _check_states(states, splits)
     distillation = create_distillation(options, start, data_config)
-    twin = create_twin(start.model, **options.model_kwargs) if options.twin else None
+    twin = create_twin(start.model) if options.twin else None
     return Run(options, directory, resumed, start.model, twin, splits, data_config, schedule, distillation, start.notes)
 
 
@@ -217,8 +217,10 @@ def _schedule(options: Options) -> Schedule:
         'device': device,
         'workers': workers,
         'guide_weight': float(attends) if options.guide_weight is None else options.guide_weight,
-        'whole_share': 0.1 * attends if options.whole_share is None else options.whole_share,
+        'whole_share': options.whole_share,
     }
+    if options.whole_share is None and 'whole_share' not in options.model_kwargs:
+        settled['whole_share'] = 0.1 * attends
     schedule = Schedule(**{name: settled.get(name, getattr(options, name)) for name in Schedule._fields})
     check_epochs(schedule)
     return schedule

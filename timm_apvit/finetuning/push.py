@@ -10,11 +10,11 @@ from typing import Any
 import yaml
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
-from timm_apvit.card import PICTURE, CardDetails
 from timm_apvit.failures import first_line
 from timm_apvit.finetuning.checkpoints import BEST, CONFIG_FILE
 from timm_apvit.finetuning.sources import is_path
-from timm_apvit.hub import Pushed, push_to_hub
+from timm_apvit.hub.card import PICTURE, CardDetails
+from timm_apvit.hub.pushing import Pushed, push_to_hub
 from timm_apvit.results import check_results
 
 RESULTS_FILE = 'evaluation.json'
@@ -76,7 +76,7 @@ def push_directory(given: dict[str, Any]) -> Pushed:
         given: options of the command.
 
     Raises:
-        ValueError, OSError: as for `timm_apvit.hub.push_to_hub`.
+        ValueError, OSError: as for `timm_apvit.hub.pushing.push_to_hub`.
     """
     directory = Path(given['directory'])
     if not directory.is_dir():

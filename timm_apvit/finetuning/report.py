@@ -6,12 +6,12 @@ from typing import Any
 
 import torch
 
-from timm_apvit.figures import load_drawing
 from timm_apvit.files import replacing
 from timm_apvit.finetuning.data import Splits, some_samples
 from timm_apvit.finetuning.training import Row, best_row
-from timm_apvit.vision_transformer import APViT
-from timm_apvit.visualize import plot_patches
+from timm_apvit.models.mixin import APViT
+from timm_apvit.pictures.figures import load_drawing
+from timm_apvit.pictures.plots import plot_patches
 
 PICTURED = 8
 

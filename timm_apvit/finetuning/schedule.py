@@ -60,7 +60,7 @@ class Schedule(NamedTuple):
     jitter: float | None = None
     jitter_epochs: int | None = None
     guide_weight: float = 1.0
-    whole_share: float = 0.1
+    whole_share: float | None = 0.1
     amp: str | None = None
     grad_accum: int = 1
     grad_checkpointing: bool = False

@@ -9,14 +9,14 @@ from typing import Any
 import torch
 
 from timm_apvit.failures import explain
-from timm_apvit.figures import PANELS, load_drawing
 from timm_apvit.files import check_writable, replacing
 from timm_apvit.finetuning.checkpoints import BEST, LAST, snapshots
 from timm_apvit.finetuning.models import load_model
 from timm_apvit.finetuning.parsing import number, parse_num_patches
 from timm_apvit.finetuning.preparation import checked_device
-from timm_apvit.vision_transformer import APViT
-from timm_apvit.visualize import COLOURED_BY, animate, animate_training, compare, plot_patches, read_images
+from timm_apvit.models.mixin import APViT
+from timm_apvit.pictures.figures import PANELS, load_drawing
+from timm_apvit.pictures.plots import COLOURED_BY, animate, animate_training, compare, plot_patches, read_images
 
 DPI = 150
 MOST_FRAMES = 48  # of an animation over a training

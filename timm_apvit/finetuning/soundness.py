@@ -6,8 +6,8 @@ from timm_apvit.finetuning.options import Options
 from timm_apvit.finetuning.parsing import flag
 from timm_apvit.finetuning.schedule import Schedule
 from timm_apvit.finetuning.sharing import Share
-from timm_apvit.hub_access import check_access
-from timm_apvit.vision_transformer import APViT
+from timm_apvit.hub.access import check_access
+from timm_apvit.models.mixin import APViT
 
 TEACHING = ('distill_weight', 'distill_temperature', 'token_weight', 'attention_weight')
 

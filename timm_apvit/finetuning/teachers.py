@@ -14,7 +14,7 @@ from timm_apvit.finetuning.distillation import Teacher, Weights, check_attends, 
 from timm_apvit.finetuning.learner import Distillation
 from timm_apvit.finetuning.models import Start, check_registered, classes_of_checkpoint, create_model, with_weights_of
 from timm_apvit.finetuning.options import Options
-from timm_apvit.vision_transformer import APViT
+from timm_apvit.models.mixin import APViT
 
 SELF = 'self'
 

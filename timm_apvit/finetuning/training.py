@@ -73,21 +73,23 @@ def train(
         # Dropout, stochastic depth and the like: other numbers than those that order the data, in every process.
         torch.manual_seed(seed_from(schedule.seed, epoch, 1, rank()))
         train_loss = _train_epoch(learner, _batches(splits, schedule, epoch), epoch, progress)
-        metrics = evaluate_budgets(
-            learner.tested_model(),
-            splits,
-            learner.budgets,
-            max(1, schedule.batch_size // share.parts),
-            schedule.workers,
-            schedule.amp,
-        )
+        tested, last = learner.tested_model(), (epoch + 1) * updates_per_epoch - 1
+        with learner.exposed(tested, last):
+            metrics = evaluate_budgets(
+                tested,
+                splits,
+                learner.budgets,
+                max(1, schedule.batch_size // share.parts),
+                schedule.workers,
+                schedule.amp,
+            )
         if not math.isfinite(metrics['test_loss']):
             raise FloatingPointError(
                 f'the test loss became {metrics["test_loss"]} after epoch {epoch + 1}; try a lower --lr'
             )
         row = {'epoch': epoch + 1, 'lr': learner.learning_rate, 'train_loss': train_loss, **metrics}
-        if learner.max_focus > 1:
-            row['max_focus'] = learner.current_focus
+        if learner.guide is not None:
+            row['max_focus'] = learner.focus_at(last)
         rows.append({**row, 'seconds': round(time.monotonic() - start, 2)})
         if is_main():
             state = {**learner.state_dict(), 'rows': rows, 'label_names': list(splits.label_names)}

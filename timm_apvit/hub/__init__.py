@@ -1,0 +1,1 @@
+"""Saving models, and pushing them to the Hub with a model card."""

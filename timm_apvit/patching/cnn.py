@@ -1,0 +1,134 @@
+"""The localisation network of Spatial Transformer Networks, shared over the patches: ``localizer='cnn'``."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from timm_apvit.patching.anchors import Anchors
+from timm_apvit.patching.deterministic import grid_sample, resize
+from timm_apvit.patching.focus import FocusNetwork
+from timm_apvit.patching.layers import Linear, ScaleKeeping, ZeroLinear, conv_norm_act, convert_channels
+from timm_apvit.patching.localizers import Localizer, Look, register_localizer
+
+# By this name the layers that predict transforms went first; PEFT and others find a classifier by it.
+FORMER_FIELDS = 'head.'
+
+
+class CNNLocalizer(ScaleKeeping, Localizer):
+    """Localisation network (Jaderberg et al. 2015, section 3.1), shared over the patches.
+
+    The image is resized to a fixed side with anti-aliasing (so that the cost does not grow with the image), a strided
+    stem extracts features, a context branch condenses the whole image into one vector (so that a patch can react to
+    what is far from it), and a small MLP reads both at each anchor. The last layers are zero: the identity transform.
+    With ``max_focus`` above 1 a window is found from the same features (`timm_apvit.patching.focus`).
+
+    Each field has its own last layer, so that a checkpoint says what it predicts. Arguments as for `Localizer`;
+    ``max_focus`` is at most 5, and
+
+    Args:
+        side: pixels along the side of the resized image, a multiple of 16.
+        width: channels of the features, a multiple of 16.
+        context: width of the context vector.
+
+    Raises:
+        ValueError: a side or a width that is no multiple of 16.
+    """
+
+    def __init__(
+        self,
+        fields: dict[str, int],
+        in_chans: int = 3,
+        max_focus: float = 1.0,
+        side: int = 64,
+        width: int = 64,
+        context: int = 128,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__()
+        for name, value in (('side', side), ('width', width)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 16 or value % 16:
+                raise ValueError(f'expected {name} to be a multiple of 16, got {value!r}')
+        factory = {'device': device, 'dtype': dtype}
+        self.in_chans = in_chans
+        self.side = side
+        self.width = width
+        self.stem = nn.Sequential(
+            conv_norm_act(in_chans, width // 2, 2, factory),
+            conv_norm_act(width // 2, width, 2, factory),
+            conv_norm_act(width, width, 1, factory),
+        )
+        self.context = nn.Sequential(
+            conv_norm_act(width, width, 2, factory),
+            conv_norm_act(width, width, 2, factory),
+            nn.Flatten(),
+            Linear(width * (side // 16) ** 2, context, **factory),
+            nn.GELU(),
+        )
+        self.from_feature = Linear(width, width, **factory)
+        self.from_context = Linear(context, width, bias=False, **factory)
+        self.from_anchor = Linear(4, width, bias=False, **factory)
+        self.mlp = nn.Sequential(nn.GELU(), Linear(width, width, **factory), nn.GELU())
+        self.fields = nn.ModuleDict({name: ZeroLinear(width, n, **factory) for name, n in fields.items()})
+        self.focus = FocusNetwork(width, max_focus, **factory) if max_focus > 1 else None
+        self.init_weights()
+
+    def level(self, image_size: tuple[int, int]) -> int:
+        """The coarsest level of the pyramid of an image ``(H, W)`` that is no smaller than what is looked at."""
+        level, shorter = 0, min(image_size[0], image_size[1])
+        while shorter >= 2 * self.side:
+            level, shorter = level + 1, (shorter + 1) // 2
+        return level
+
+    def look(self, pyramid: list[Tensor]) -> Look:
+        """See `Localizer`; its memory is features ``(B, D, side / 4, side / 4)`` and context ``(B, 1, D)``."""
+        image = pyramid[self.level((pyramid[0].shape[2], pyramid[0].shape[3]))]
+        # At least float32, also in half precision: where patches lie must not be rounded.
+        dtype = torch.promote_types(self.from_feature.weight.dtype, torch.float32)
+        small = resize(image.float(), [self.side, self.side], 'bilinear')
+        features = self.stem(small.to(dtype))
+        context = self.from_context(self.context(features)).unsqueeze(1)
+        if self.focus is None:
+            return Look((features, context))
+        found = self.focus(features, context)
+        return Look((features, context), found.window, found.saliency)
+
+    def forward(self, look: Look, anchors: Anchors) -> dict[str, Tensor]:
+        """See `Localizer`."""
+        features, context = look.memory
+        grid = anchors.centres.expand(features.shape[0], -1, -1).unsqueeze(1)
+        at_anchors = grid_sample(features.float(), grid)
+        at_anchors = at_anchors.squeeze(2).transpose(1, 2).to(features.dtype)  # (B, N, D)
+        place = torch.cat([anchors.centres, torch.log(anchors.extents)], dim=-1).to(features.dtype)
+        hidden = self.mlp(self.from_feature(at_anchors) + context + self.from_anchor(place))
+        return {name: layer(hidden).float() for name, layer in self.fields.items()}
+
+    def fit(self, state_dict: dict[str, Any], prefix: str) -> None:
+        """Rename what was renamed, give zeros to fields that a smaller family lacks, and adapt the first convolution.
+
+        A checkpoint without focus gets this network's own, which starts as the whole image.
+        """
+        former_focus = prefix.removesuffix('localizer.') + 'focus.'
+        for key in list(state_dict):
+            if key.startswith(prefix + FORMER_FIELDS):
+                state_dict[prefix + 'fields.' + key.removeprefix(prefix + FORMER_FIELDS)] = state_dict.pop(key)
+            elif key.startswith(former_focus):
+                state_dict[prefix + 'focus.' + key.removeprefix(former_focus)] = state_dict.pop(key)
+        focuses = any(key.startswith(prefix + 'focus.') for key in state_dict)
+        predicted = {key.rpartition('.')[0] for key in state_dict if key.startswith(prefix + 'fields.')}
+        for name, value in self.state_dict(prefix=prefix).items():
+            if name in state_dict:
+                continue
+            field = name.rpartition('.')[0]
+            # Every family predicts the shift: a checkpoint without it is not of a smaller family, but broken.
+            if field.startswith(prefix + 'fields.') and field not in predicted and not field.endswith('.shift'):
+                state_dict[name] = torch.zeros_like(value)
+            elif name.startswith(prefix + 'focus.') and not focuses and not value.is_meta:
+                state_dict[name] = value
+        stem = f'{prefix}stem.0.0.weight'
+        if stem in state_dict:
+            state_dict[stem] = convert_channels(state_dict[stem], self.in_chans, stem)
+
+
+register_localizer('cnn', CNNLocalizer)

@@ -1,0 +1,73 @@
+"""The frame of coordinates, and checks of numbers.
+
+Convention:
+    Points are ``(x, y)``, sizes are ``(h, w)``. Normalised coordinates run over [-1, 1] from pixel *edge* to pixel edge
+    (``align_corners=False``), so that centre ``j`` of ``n`` equal cells is ``(2j + 1) / n - 1``. The same holds
+    within a patch. Everything is float32, whatever the dtype of the model: a bfloat16 coordinate is off by a pixel.
+"""
+
+import math
+import numbers
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def cell_centres(index: Tensor, count: Tensor) -> Tensor:
+    """Centre of cell ``index`` among ``count`` equal cells of [-1, 1]; the shapes broadcast."""
+    return (2 * index + 1) / count - 1
+
+
+def cell_index(coordinate: Tensor, count: int) -> Tensor:
+    """Inverse of `cell_centres`: the fractional index of a normalised coordinate among ``count`` cells; any shape."""
+    return (coordinate + 1) * (count / 2) - 0.5
+
+
+def sample_grid(patch_size: tuple[int, int], device: torch.device) -> Tensor:
+    """Patch-local sample positions of a patch of ``(P_h, P_w)`` pixels: ``(P_h, P_w, 2)``, float32."""
+    rows = torch.arange(patch_size[0], device=device, dtype=torch.float32)
+    columns = torch.arange(patch_size[1], device=device, dtype=torch.float32)
+    y = cell_centres(rows, torch.full_like(rows, patch_size[0]))
+    x = cell_centres(columns, torch.full_like(columns, patch_size[1]))
+    return torch.stack([x[None, :].expand(patch_size), y[:, None].expand(patch_size)], dim=-1)
+
+
+def check_patch_size(patch_size: int | Sequence[int]) -> tuple[int, int]:
+    """Return ``patch_size`` as ``(P_h, P_w)``; ValueError if it is neither an integer >= 1 nor two of them."""
+    sizes = check_counts('patch_size', 'P_h, P_w', patch_size)
+    return (sizes, sizes) if isinstance(sizes, int) else sizes
+
+
+def check_number(name: str, value: float, low: float, high: float = math.inf) -> float:
+    """Return a finite number within [``low``, ``high``] as a float.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not low <= value <= high or value == math.inf:
+        raise ValueError(f'expected {name} to be a finite number within [{low}, {high}], got {value!r}')
+    return float(value)
+
+
+def check_shape(name: str, value: Any, shape: tuple[int, ...]) -> Tensor:
+    """Return a tensor; ValueError unless it is one of this shape."""
+    if not isinstance(value, Tensor) or value.shape != shape:
+        got = f'shape {list(value.shape)}' if isinstance(value, Tensor) else type(value).__name__
+        raise ValueError(f'expected {name} to be a tensor of shape {list(shape)}, got {got}')
+    return value
+
+
+def check_counts(name: str, pair: str, given: Any) -> int | tuple[int, int]:
+    """Return a count, or a pair of them, as an int or a tuple of ints; ValueError names the argument and its pair."""
+    is_pair = isinstance(given, Sequence) and not isinstance(given, str)
+    values = list(given) if is_pair else [given]
+    try:
+        counts = [operator.index(value) for value in values if not isinstance(value, bool)]
+    except TypeError:
+        counts = []
+    if len(counts) != (2 if is_pair else 1) or min(counts) < 1:
+        raise ValueError(f'expected {name} to be an integer >= 1 or ({pair}) with both >= 1, got {given!r}')
+    return (counts[0], counts[1]) if is_pair else counts[0]

@@ -1,0 +1,87 @@
+"""Localisers: what looks at the image and says where its patches lie.
+
+A localiser is a part that one chooses: `LOCALIZERS` has those that come with this package, `register_localizer` adds
+one of your own. It looks at the image once, finds a window for all anchors if it likes, and predicts the raw parameters
+of a transform at each of them.
+"""
+
+from abc import ABC, abstractmethod
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from timm_apvit.patching.anchors import Anchors
+from timm_apvit.patching.parts import Parts
+
+
+class Look(NamedTuple):
+    """What a localiser saw of a batch of images.
+
+    Attributes:
+        memory: what it reads when it predicts, its own business.
+        window: centre (x, y) and half-extent of what the anchors are to be laid over, ``(B, 3)``, inside the image;
+            None: all of it. It keeps the image's aspect.
+        saliency: logits of where it looks, ``(B, h, w)`` over the image, for pictures; None: it does not say.
+    """
+
+    memory: Any
+    window: Tensor | None = None
+    saliency: Tensor | None = None
+
+
+class Localizer(nn.Module, ABC):
+    """Looks at a pyramid of images, then predicts at any anchors: raw parameters ``(B, N, width)`` by field name.
+
+    A localiser of your own is a subclass with the three methods below. To start as the ViT its last layers are zero
+    (`timm_apvit.patching.layers.ZeroLinear`), which is the identity, and so is a window of half-extent 1. No shape of a
+    parameter may depend on N or on the size of the image.
+
+    Args:
+        fields: name -> width of what it is to predict.
+        in_chans: image channels C.
+        max_focus: largest factor by which a window may close in; 1: it finds none.
+        device: of the parameters.
+        dtype: of the parameters.
+        options: its own, as config.json holds them.
+    """
+
+    @abstractmethod
+    def level(self, image_size: tuple[int, int]) -> int:
+        """The coarsest mip level of an image ``(H, W)`` that it is to be given."""
+
+    @abstractmethod
+    def look(self, pyramid: list[Tensor]) -> Look:
+        """Look at the mip levels of a batch, level k of ``(B, C, ceil(H / 2^k), ceil(W / 2^k))``, float32.
+
+        There may be more of them than `level` asks for.
+        """
+
+    @abstractmethod
+    def forward(self, look: Look, anchors: Anchors) -> dict[str, Tensor]:
+        """Predict at anchors, which lie in the window if there is one: field name -> ``(B, N, width)``, float32."""
+
+    def fit(self, state_dict: dict[str, Any], prefix: str) -> None:
+        """Adapt a whole checkpoint of a localiser of this class, whose keys have a prefix, to this one, in place.
+
+        Here what has other options is repaired: renamed, widened, of other channels. What is left as it is, loading
+        compares strictly.
+        """
+
+
+LOCALIZERS: Parts[type[Localizer]] = Parts('localizer')
+
+
+def register_localizer(name: str, localizer: type[Localizer]) -> None:
+    """Add a class to `LOCALIZERS`, for ``create_model(..., localizer=name)`` or ``{'name': name, ...}`` with options.
+
+    Whoever loads a model of it must have imported the file that registers it.
+
+    Raises:
+        ValueError: not a subclass of `Localizer`, methods that it lacks, or no name or that of another localiser.
+    """
+    if not (isinstance(localizer, type) and issubclass(localizer, Localizer)):
+        raise ValueError(f'expected a subclass of Localizer, got {localizer!r}')
+    missing = sorted(localizer.__abstractmethods__)
+    if missing:
+        raise ValueError(f'expected {localizer.__qualname__} to have level, look and forward, got none of {missing}')
+    LOCALIZERS.register(name, localizer)

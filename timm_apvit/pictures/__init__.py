@@ -1,0 +1,1 @@
+"""Pictures of where a model looks, and images as it takes them."""
