@@ -131,11 +131,11 @@ class AdaptivePatching(nn.Module):
         look = self.localizer.look(pyramid)
         anchors, window = layout.anchors(image.device), look.window
         if window is not None:
-            window = self._exposed(check_shape('the window of the localizer', window, (len(image), 3)))
+            window = self._exposed(check_shape('the window of the localizer', window, (image.shape[0], 3)))
             anchors = anchors.within(window)
         parameters = self.localizer(look, anchors)
         for name, width in self.transform.fields.items():
-            check_shape(f'{name} of the localizer', parameters.get(name), (len(image), layout.num_patches, width))
+            check_shape(f'{name} of the localizer', parameters.get(name), (image.shape[0], layout.num_patches, width))
         noise = None
         if self.training and self.jitter > 0:
             noise = self.jitter * torch.randn_like(parameters['shift'])
