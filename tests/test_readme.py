@@ -1,6 +1,7 @@
 """What the README and the docstrings show runs."""
 
 import doctest
+import importlib.util
 import inspect
 import pydoc
 import re
@@ -8,6 +9,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+import timm
 from PIL import Image
 
 import timm_apvit
@@ -67,3 +69,13 @@ def test_help_of_every_public_name_and_its_methods_says_what_it_is():
 def test_table_is_that_of_the_results():
     table = (Path(__file__).parents[1] / 'benchmarks/results/cluttered.md').read_text()
     assert table in README.read_text()
+
+
+def test_page_of_twins_is_that_of_the_registry():
+    spec = importlib.util.spec_from_file_location('twins', Path(__file__).parents[1] / 'docs' / 'twins.py')
+    twins = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(twins)
+    written = twins.PAGE.read_text()
+    if f'timm {timm.__version__}: ' not in written:
+        pytest.skip(f'docs/twins.md is of another timm than {timm.__version__}: python docs/twins.py writes it anew')
+    assert written == twins.page()

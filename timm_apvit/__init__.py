@@ -14,7 +14,8 @@ over pixel edges, sizes are (h, w).
 """
 
 from timm_apvit.hub.card import CardDetails
-from timm_apvit.hub.pushing import Pushed, push_to_hub, save_pretrained
+from timm_apvit.hub.pushing import Pushed, push_to_hub
+from timm_apvit.hub.saving import save_pretrained
 from timm_apvit.models.adapting import adapt, vit_of
 from timm_apvit.models.apvit import twin_name, vit_name
 from timm_apvit.models.mixin import APViT

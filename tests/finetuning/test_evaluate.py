@@ -15,7 +15,7 @@ from torch import nn
 from timm_apvit.__main__ import main
 from timm_apvit.finetuning import evaluate as evaluate_module
 from timm_apvit.finetuning.evaluate import images_per_second, load_subject, measure, multiply_adds
-from timm_apvit.hub.pushing import save_pretrained
+from timm_apvit.hub.saving import save_pretrained
 
 TINY = '--model test_apvit --img-size 32 --num-patches 2,4 --samples 32 --test-samples 24 --batch-size 16 --epochs 1'
 TINY += ' --model-kwargs depth=2 --threads 1 --device cpu --no-twin --seed 3'

@@ -19,7 +19,7 @@ from images import write_images
 from PIL import Image
 
 from timm_apvit.finetuning.push import card_of
-from timm_apvit.hub.pushing import save_pretrained
+from timm_apvit.hub.saving import save_pretrained
 
 TINY = '--model test_apvit --img-size 32 --num-patches 2,4 --samples 32 --test-samples 24 --batch-size 16 --epochs 1'
 TINY += ' --model-kwargs depth=2 --threads 1 --device cpu --twin --seed 3'

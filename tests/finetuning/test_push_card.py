@@ -10,7 +10,7 @@ from conftest import create
 
 from timm_apvit.__main__ import main
 from timm_apvit.finetuning.push import card_of
-from timm_apvit.hub.pushing import save_pretrained
+from timm_apvit.hub.saving import save_pretrained
 
 
 def test_card_tells_no_address_of_the_data(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from timm_apvit.finetuning.preparation import Run, opened, prepare
 from timm_apvit.finetuning.push import again, push_directory, tell
 from timm_apvit.finetuning.report import epoch_line, save_picture, summarise, table
 from timm_apvit.finetuning.training import Row, train
-from timm_apvit.hub.pushing import save_pretrained
+from timm_apvit.hub.saving import save_pretrained
 from timm_apvit.models.mixin import APViT
 
 T = TypeVar('T')
