@@ -29,7 +29,7 @@ def reconstruction_args(model: APViT) -> dict[str, Any]:
         ValueError: no registered entrypoint made the model, it was made with an argument that config.json cannot hold,
             or it was changed in a way that no argument rebuilds.
     """
-    recorded: dict[str, Any] = {**getattr(model, '_model_args', {}), **model.adaptive_args()}
+    recorded: dict[str, Any] = {**model._model_args, **model.adaptive_args()}
     rates = {k: v for k, v in recorded.items() if k.endswith('_rate')}
     args = {k: v for k, v in recorded.items() if k != 'num_classes' and k not in rates}
     for name, value in args.items():

@@ -66,7 +66,7 @@ def vit_of(model: APViT) -> nn.Module:
     embed.strict_img_size = adaptive.flatten
     vit.patch_embed = embed.train(adaptive.training)
     left_out = ADAPTIVE_ARGS | adaptive.patching.arguments().keys()
-    vit._model_args = {k: v for k, v in getattr(vit, '_model_args', {}).items() if k not in left_out}
+    vit._model_args = {k: v for k, v in vit._model_args.items() if k not in left_out}
     _rename(vit, vit_name)
     fixed: nn.Module = vit
     return fixed

@@ -32,7 +32,7 @@ def complete_state_dict(module: Any, state_dict: StateDict, prefix: str, *_: Any
     """
     if f'{prefix}proj.weight' not in state_dict:
         return
-    ours = (prefix + 'patching.', prefix + GEOMETRY)
+    ours = tuple(prefix + key.removeprefix(EMBED) for key in ADAPTIVE_KEYS)
     if not any(key.startswith(ours) for key in state_dict):
         own = module.state_dict(prefix=prefix)
         # What holds no value is reported as missing.
