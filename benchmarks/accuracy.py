@@ -25,32 +25,39 @@ from contestants import CONTESTANTS, VARIANTS, create_contestant, crop_side, squ
 from cost import multiply_adds
 from environment import counted, machine, versions
 from fashion import TASKS, load_task
+from finding import finding
+from photographs import SCENES, Photographed, Scene, load_scenes
 from torch import nn
 
 from timm_apvit import APViT
 from timm_apvit.files import write_atomically
 from timm_apvit.finetuning.checkpoints import CheckpointStore
+from timm_apvit.finetuning.data import Splits, create_batches
 from timm_apvit.finetuning.evaluate import images_per_second
+from timm_apvit.finetuning.evaluation import autocast
 from timm_apvit.finetuning.parsing import format_budget, number
 from timm_apvit.finetuning.schedule import Schedule
 from timm_apvit.finetuning.training import Row, train
+from timm_apvit.learning.glance import fit_glance
+from timm_apvit.models.glance import GlanceLocalizer
 
 RESULTS = Path(__file__).parent / 'results'
-EPOCHS = 12
-# Of the schedule, what only a model with focus knows.
+# How often a run is tested: after each twelfth of the images, or after each thousand of those of photographs.
+EPOCHS, IMAGES_OF_SCENES = 12, 1_000
+# In which what reads the glances is fitted to them before the training.
+GLANCE_EPOCHS = 10
 AMP = {'none': None, 'bfloat16': 'bfloat16', 'float16': 'float16'}
-FOCUS_FIELDS = ('guide_weight', 'whole_share')
 
 
 def main() -> None:
     """Run what is asked for and has not been run, then report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add('--task', choices=TASKS, default='cluttered')
+    add('--task', choices=[*TASKS, *SCENES], default='cluttered')
     add('--contestants', nargs='+', choices=CONTESTANTS, default=list(CONTESTANTS))
     add('--budgets', nargs='+', type=counted, default=[16])
     add('--seeds', nargs='+', type=number(int, 0), default=[0])
-    add('--images', type=counted, default=120_000, help='images seen in a run')
+    add('--images', type=counted, help='images seen in a run (default: 120,000; of photographs 8,000)')
     add('--lr', type=float, help='peak learning rate (default: 1e-3; pretrained 3e-4)')
     add('--localizer-lr-scale', type=float, default=1.0)
     add('--model-kwargs', type=json.loads, default={}, metavar='JSON', help='further arguments of the adaptive model')
@@ -58,7 +65,7 @@ def main() -> None:
     add('--elastic', action='store_true', help='train one model for all the budgets, one at random in each update')
     add('--label', help="of what differs, in the name of its results (default: the variant, or 'elastic')")
     add('--fashion', type=Path, help="folder of Fashion-MNIST's IDX files")
-    add('--weights', type=Path, help="DINOv2's ViT-S/14, for the task pretrained")
+    add('--weights', type=Path, help="DINOv2's ViT-S/14, for all tasks that start from weights")
     add('--threads', type=counted, default=1)
     add('--device', default='cpu')
     add('--amp', choices=AMP, help='(default: none; pretrained bfloat16)')
@@ -66,8 +73,9 @@ def main() -> None:
     add('--report', action='store_true', help='report only')
     add('--speed', action='store_true', help='measure the speed of what has been trained, and train nothing')
     options = parser.parse_args()
-    if (options.task == 'pretrained') != (options.weights is not None):
-        parser.error('expected --weights with the task pretrained, and with no other')
+    if (options.task == 'pretrained' or options.task in SCENES) != (options.weights is not None or options.report):
+        parser.error('expected --weights with the tasks that start from them, and with no other')
+    options.images = options.images or (8_000 if options.task in SCENES else 120_000)
     if options.elastic and options.contestants != ['adaptive']:
         parser.error('expected --elastic with --contestants adaptive, as no other can change its number of patches')
     torch.set_num_threads(options.threads)
@@ -86,12 +94,10 @@ def run(options: argparse.Namespace, contestant: str, budgets: tuple[int, ...], 
     label = options.label or options.variant or ('elastic' if len(budgets) > 1 else '')
     names = {n: '-'.join(filter(None, [options.task, contestant, str(n), str(seed), label])) for n in budgets}
     paths = {budget: options.results / f'{name}.json' for budget, name in names.items()}
-    task = TASKS[options.task]
     schedule = schedule_of(options, contestant, budgets, seed)
-    focuses = contestant == 'adaptive' and options.model_kwargs.get('max_focus', 1) > 1
     settings = {
         'images': options.images,
-        'schedule': {k: v for k, v in schedule._asdict().items() if focuses or k not in FOCUS_FIELDS},
+        'schedule': {k: v for k, v in schedule._asdict().items() if k != 'glance_epochs'},
         'model_kwargs': options.model_kwargs if contestant == 'adaptive' else {},
         'variant': options.variant,
     }
@@ -99,21 +105,22 @@ def run(options: argparse.Namespace, contestant: str, budgets: tuple[int, ...], 
         return
     torch.manual_seed(seed)
     largest = max(budgets)
-    model = create_contestant(
-        contestant, task.side, largest, options.weights, options.variant, **settings['model_kwargs']
-    )
-    crop = crop_side(contestant, largest, options.weights is not None)
-    splits = load_task(task, seed + 1, options.images // EPOCHS, options.fashion, crop)
+    splits = load_splits(options, contestant, largest, seed)
+    side, classes = splits.test[0][0].shape[-1], len(splits.label_names)
+    kwargs = {**settings['model_kwargs'], 'num_classes': classes}
+    model = create_contestant(contestant, side, largest, options.weights, options.variant, **kwargs)
     unfinished = options.results / f'.{names[largest]}.unfinished'
     unfinished.mkdir(exist_ok=True)
+    store = CheckpointStore(unfinished)
+    fit_seconds = fit(model, splits, schedule) if store.load() is None else None
 
     def tell(rows: list[Row]) -> None:
         row = rows[-1]
-        sys.stdout.write(f'{names[largest]} {row["epoch"]}/{EPOCHS} loss {row["train_loss"]:.3f} '
+        sys.stdout.write(f'{names[largest]} {row["epoch"]}/{schedule.epochs} loss {row["train_loss"]:.3f} '
                          f'top-1 {row["test_top1"]:.4f} {row["seconds"]:.0f} s\n')  # fmt: skip
         sys.stdout.flush()
 
-    rows = train(model, splits, schedule, CheckpointStore(unfinished), lambda model, folder: None, tell, names[largest])
+    rows = train(model, splits, schedule, store, lambda model, folder: None, tell, names[largest])
     for budget, path in paths.items():
         if isinstance(model, APViT):
             model.set_num_patches(square(budget))
@@ -121,16 +128,38 @@ def run(options: argparse.Namespace, contestant: str, budgets: tuple[int, ...], 
         result = {
             'task': options.task, 'contestant': contestant, 'label': label, 'budget': budget, 'seed': seed,
             'top1': curve[-1], 'test_images': len(splits.test),
-            'images_seen': [row['epoch'] * options.images // EPOCHS for row in rows],
-            'curve': curve, 'seconds': [row['seconds'] for row in rows],
+            'images_seen': [row['epoch'] * options.images // schedule.epochs for row in rows],
+            'curve': curve, 'fit_seconds': fit_seconds, 'seconds': [row['seconds'] for row in rows],
             'multiply_adds': multiply_adds(model, splits.test[0][0][None].to(options.device)).total(),
             **settings,
+            **(finding(model, splits.test, schedule.amp) if isinstance(splits.test, Photographed) else {}),
             'machine': machine(options.threads),
             'versions': versions(),
             'command': ' '.join(sys.argv), 'time': time.strftime('%Y-%m-%d'),
         }  # fmt: skip
         write_atomically(path, json.dumps(result, indent=1) + '\n')
     shutil.rmtree(unfinished)
+
+
+def load_splits(options: argparse.Namespace, contestant: str, budget: int, seed: int) -> Splits:
+    """The images of a contestant."""
+    crop = crop_side(contestant, budget, options.weights is not None)
+    if options.task in SCENES:
+        return load_scenes(SCENES[options.task], seed + 1, IMAGES_OF_SCENES, crop)
+    return load_task(TASKS[options.task], seed + 1, options.images // EPOCHS, options.fashion, crop)
+
+
+def fit(model: nn.Module, splits: Splits, schedule: Schedule) -> float | None:
+    """Give a model that glances its head start, and tell how long it took; None: it needs none."""
+    if not (isinstance(model, APViT) and isinstance(model.patch_embed.patching.localizer, GlanceLocalizer)):
+        return None
+    if schedule.layer_decay == 1:  # from scratch
+        return None
+    start, epochs = time.monotonic(), range(getattr(splits.train, 'scene', Scene()).period)
+    batches = (create_batches(splits.train, epoch, schedule.batch_size, shuffle=True) for epoch in epochs)
+    with autocast(torch.device(schedule.device), schedule.amp):
+        fit_glance(model, itertools.chain.from_iterable(batches), GLANCE_EPOCHS)
+    return time.monotonic() - start
 
 
 def is_done(paths: Collection[Path], settings: dict[str, Any]) -> bool:
@@ -147,21 +176,20 @@ def is_done(paths: Collection[Path], settings: dict[str, Any]) -> bool:
 def schedule_of(options: argparse.Namespace, contestant: str, budgets: tuple[int, ...], seed: int) -> Schedule:
     """How a contestant is trained."""
     pretrained = options.weights is not None
+    epochs = options.images // IMAGES_OF_SCENES if options.task in SCENES else EPOCHS
     return Schedule(
-        epochs=EPOCHS,
+        epochs=epochs,
         batch_size=32 if pretrained else 64,
         lr=options.lr or (3e-4 if pretrained else 1e-3),
         weight_decay=0.05,
         layer_decay=0.75 if pretrained else 1.0,
-        warmup=EPOCHS / 10,
+        warmup=epochs / 10,
         seed=seed,
         workers=0,
         device=options.device,
         num_patches=tuple(square(budget) for budget in budgets) if len(budgets) > 1 else None,
         localizer_lr_scale=options.localizer_lr_scale,
-        freeze_localizer_epochs=EPOCHS if contestant == 'frozen' else 0,
-        guide_weight=1.0 if pretrained else 0.0,
-        whole_share=0.1 if pretrained else 0.0,
+        freeze_localizer_epochs=epochs if contestant == 'frozen' else 0,
         amp=AMP[options.amp or ('bfloat16' if pretrained else 'none')],
     )
 
@@ -170,22 +198,23 @@ def schedule_of(options: argparse.Namespace, contestant: str, budgets: tuple[int
 def measure_speed(options: argparse.Namespace) -> None:
     """Images per second alone and in batches of 64: the median of rounds in which all contestants take turns."""
     subjects: dict[str, tuple[nn.Module, torch.Tensor]] = {}
-    task = TASKS[options.task]
+    channels = 3 if options.task in SCENES else TASKS[options.task].channels
+    whole = (SCENES.get(options.task) or TASKS[options.task]).side
     for result in read_results(options.results, options.task):
         key = ' '.join(str(result[name]) for name in ('budget', 'contestant', 'label'))
         if key not in subjects:
             model = create_contestant(
                 result['contestant'],
-                task.side,
+                whole,
                 result['budget'],
                 options.weights,
                 result.get('variant'),
                 **result['model_kwargs'],
             )
-            side = crop_side(result['contestant'], result['budget'], options.weights is not None) or task.side
+            side = crop_side(result['contestant'], result['budget'], options.weights is not None) or whole
             subjects[key] = (
                 model.eval().to(options.device),
-                torch.randn(64, task.channels, side, side).to(options.device),
+                torch.randn(64, channels, side, side).to(options.device),
             )
     speeds: dict[str, dict[str, list[float]]] = {key: {'1': [], '64': []} for key in subjects}
     with torch.no_grad():

@@ -17,6 +17,7 @@ CONTESTANTS = {
     'random': 'patches at random places, others for every image',
     'centre': 'patches closer together in the middle',
     'frozen': 'patches where an untrained localisation network puts them',
+    'evidence': 'the fixed grid, with the answer that a glance takes from its middle block',
     'adaptive': 'the learned patches',
     'object': 'the ceiling: a grid put on the object by ground truth',
 }
@@ -144,8 +145,11 @@ def create_contestant(
         variant: a key of `VARIANTS`, for the adaptive patches.
         kwargs: of ``timm.create_model``, for the adaptive patches.
     """
-    if name != 'adaptive' and kwargs.get('max_focus', 1) > 1:
-        raise ValueError(f'expected max_focus for the adaptive patches only, got it for {name!r}')
+    if name == 'evidence':  # a window that is always the whole image, and as many cells as patches
+        glance = {'name': 'glance', 'grid': square(num_patches)[0], 'max_focus': 1.0}
+        kwargs = {**kwargs, 'localizer': glance, 'transform': 'translation', 'max_shift': 0.0}
+    elif name != 'adaptive' and 'localizer' in kwargs:
+        raise ValueError(f'expected a localizer of the adaptive patches only, got it for {name!r}')
     if name != 'adaptive' and variant is not None:
         raise ValueError(f'expected a variant of the adaptive patches only, got {variant!r} for {name!r}')
     register_parts()

@@ -89,7 +89,7 @@ def test_patches_by_chance_lie_elsewhere_in_every_training_image():
     ('kwargs', 'message'),
     [
         ({}, 'square number'),
-        ({'max_focus': 2.0}, 'adaptive patches only'),
+        ({'localizer': 'glance'}, 'adaptive patches only'),
         ({'variant': 'no-context'}, 'adaptive patches only'),
     ],
 )

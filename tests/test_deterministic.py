@@ -5,11 +5,11 @@ from contextlib import contextmanager
 import pytest
 import timm
 import torch
-from conftest import create
+from conftest import create, randomise
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from timm_apvit import TRANSFORMS, AdaptivePatching, interpolate_pos_embed, resample_pos_embed
+from timm_apvit import TRANSFORMS, interpolate_pos_embed, resample_pos_embed
 from timm_apvit.patching.deterministic import grid_sample, indexed_grid_sample, multiplied_resize, resize
 from timm_apvit.patching.sampling import mip_pyramid, sample_patches
 
@@ -171,17 +171,16 @@ def test_no_operator_that_cuda_refuses_runs_in_a_training_step(kwargs, of_image)
             assert torch.equal(again, first)
 
 
-def test_no_operator_that_cuda_refuses_runs_in_a_focus():
-    patching = AdaptivePatching(8, 9, max_focus=3)
-    for parameter in patching.parameters():
-        parameter.data.add_(torch.randn_like(parameter) * 0.2)
+def test_no_operator_that_cuda_refuses_runs_in_a_glance():
+    model = create(num_patches=9, localizer='glance')
+    randomise(model.patch_embed.patching, std=0.2)
     image, results = torch.randn(2, 3, 40, 64), []
     for mode in (False, True):
         with deterministic(mode), Operators() as operators:
-            patching.zero_grad()
-            patches, geometry = patching(image)
-            (patches.square().mean() + geometry.window.square().sum()).backward()
-        results.append([patches, *(p.grad.clone() for p in patching.parameters() if p.grad is not None)])
+            model.zero_grad()
+            logits = model(image)
+            logits.square().mean().backward()
+        results.append([logits, *(p.grad.clone() for p in model.parameters() if p.grad is not None)])
         assert (operators.refused == []) == mode
     assert_all_close(results[1], results[0], 1e-4)
 

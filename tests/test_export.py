@@ -110,7 +110,9 @@ def test_program_gives_the_logits_without_this_package(saved: Path, tmp_path: Pa
 
 
 @pytest.mark.parametrize(
-    'kwargs', [{'transform': 'tps', 'max_focus': 3.0, 'jitter': 0.5}, {'num_patches': None, 'num_classes': 0}], ids=str
+    'kwargs',
+    [{'transform': 'tps', 'localizer': 'glance', 'jitter': 0.5}, {'num_patches': None, 'num_classes': 0}],
+    ids=str,
 )
 def test_every_kind_of_model_is_exported_as_it_is(tmp_path: Path, kwargs: dict[str, Any]) -> None:
     model = tiny(**kwargs).train()

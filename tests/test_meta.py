@@ -25,7 +25,7 @@ FAMILIES = (
 
 @pytest.mark.parametrize('name', [*FAMILIES, 'apvit_base_patch16_rope_mixed_ape_224', 'apvit_deit3_huge_patch14_224'])
 def test_every_family_is_built_and_runs_by_shape_alone(name):
-    model = on_meta(name, num_patches=(5, 7), transform='tps', max_focus=2.0)
+    model = on_meta(name, num_patches=(5, 7), transform='tps', localizer='glance')
     assert {p.device.type for p in model.parameters()} == {'meta'}
     assert not list(model.patch_embed.buffers())
     out = model.train()(torch.empty(IMAGE, device='meta'))
@@ -36,7 +36,7 @@ def test_every_family_is_built_and_runs_by_shape_alone(name):
 @pytest.mark.parametrize('assign', [False, True], ids=['to_empty', 'assign'])
 @pytest.mark.parametrize('transform', TRANSFORMS)
 def test_filled_from_a_state_it_is_the_model_of_that_state(transform, assign):
-    kwargs = {'num_patches': 7, 'transform': transform, 'max_focus': 2.0}
+    kwargs = {'num_patches': 7, 'transform': transform, 'localizer': 'glance'}
     source, image = create(**kwargs), torch.randn(IMAGE)
     model = on_meta(**kwargs)
     if not assign:

@@ -118,7 +118,7 @@ def test_a_window_gives_the_features_of_the_vit_on_that_crop(dinov2_file, photog
 def test_jitter_of_windows_and_whole_images_are_for_training_alone():
     run('localizer')
     localizer = {'name': 'brightest', 'window': [0.2, -0.1, 0.4]}
-    model = timm.create_model('test_apvit', localizer=localizer, max_focus=5.0, window_jitter=0.1, whole_share=0.3)
+    model = timm.create_model('test_apvit', localizer=localizer, window_jitter=0.1, whole_share=0.3)
     windows = model.patch_geometry(torch.rand(200, 3, 32, 32)).window
     whole = windows[:, 2] == 1
     assert 0.2 < whole.float().mean() < 0.4
@@ -212,10 +212,10 @@ def test_rejects_parts_that_are_none():
         register_layout('coarse_fine', type('Mine', (Layout,), {}))
 
 
-def test_a_window_of_ones_own_needs_no_max_focus():
+def test_a_window_of_ones_own():
     run('localizer')
     localizer = {'name': 'brightest', 'window': [0.2, -0.1, 0.4]}
-    model = timm.create_model('test_apvit', localizer=localizer, window_jitter=0.01)
+    model = timm.create_model('test_apvit', localizer=localizer, window_jitter=0.01, whole_share=0.0)
     windows = model.patch_geometry(torch.rand(50, 3, 32, 32)).window
     assert ((windows - torch.tensor(localizer['window'])).abs() < 0.03).all()
     localizer['window'][2] = 0.9  # a later change of what was given changes nothing

@@ -236,13 +236,13 @@ def test_a_part_of_a_checkpoint_changes_nothing_else():
     assert changed == set(part)
 
 
-def test_checkpoints_from_before_windows_had_features_and_of_focus_elsewhere_load():
-    model = create(max_focus=3.0)
+def test_checkpoints_from_before_windows_had_features_load():
+    model = create()
     former = {
-        key.replace('localizer.focus.', 'focus.'): value[:, :7] if key.endswith('geometry_embed.weight') else value
+        key: value[:, :7] if key.endswith('geometry_embed.weight') else value
         for key, value in model.state_dict().items()
     }
-    again = timm.create_model('test_apvit', max_focus=3.0).eval()
+    again = timm.create_model('test_apvit').eval()
     again.load_state_dict(former)
     for key, value in again.state_dict().items():
         expected = model.state_dict()[key]

@@ -16,6 +16,7 @@ over pixel edges, sizes are (h, w).
 from timm_apvit.hub.card import CardDetails
 from timm_apvit.hub.pushing import Pushed, push_to_hub
 from timm_apvit.hub.saving import save_pretrained
+from timm_apvit.learning.glance import fit_glance
 from timm_apvit.models.adapting import adapt, vit_of
 from timm_apvit.models.apvit import twin_name, vit_name
 from timm_apvit.models.mixin import APViT
@@ -46,6 +47,7 @@ __all__ = [
     'Rows',
     '__version__',
     'adapt',
+    'fit_glance',
     'interpolate_pos_embed',
     'push_to_hub',
     'register_layout',

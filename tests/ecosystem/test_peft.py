@@ -27,7 +27,7 @@ def images(number=12):
     return noise + labels[:, None, None, None] - 1.0, labels
 
 
-@pytest.fixture(scope='module', params=[{}, {'transform': 'affine', 'max_focus': 2.0}], ids=['default', 'all'])
+@pytest.fixture(scope='module', params=[{}, {'transform': 'affine', 'localizer': 'glance'}], ids=['default', 'all'])
 def trained(request):
     """An adapted model after a few steps, its losses, and the arguments of its base."""
     model = peft.get_peft_model(
@@ -52,8 +52,7 @@ def test_adapters_and_what_is_to_be_trained_in_full_learn_and_nothing_else(train
     assert losses[-1] < 0.8 * losses[0]
     changed = {name for name, value in model.named_parameters() if not torch.equal(value, before[name])}
     learns = {name for name in before if '.lora_' in name or '.modules_to_save.' in name}
-    # The focus has lessons of its own, which no other training gives.
-    assert changed == {name for name in learns if '.focus.' not in name}
+    assert changed == learns
     assert {name.partition('.modules_to_save.')[0].rpartition('.')[2] for name in changed if '.lora_' not in name} == {
         *IN_FULL
     }

@@ -55,10 +55,10 @@ def a_batch(number: int = 8) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.randn(number, 3, 32, 32, generator=generator), torch.arange(number) % 10
 
 
-def weights_of(directory: Path, part: str = 'model') -> dict[str, Any]:
-    """The weights in the last checkpoint of a run: of the model, or of what else learns."""
+def weights_of(directory: Path) -> dict[str, Any]:
+    """The weights in the last checkpoint of a run."""
     state: dict[str, Any] = torch.load(directory / 'last/training.pt', weights_only=True)
-    return state[part]
+    return state['model']  # type: ignore[no-any-return]
 
 
 def read_metrics(directory: Path) -> list[dict[str, Any]]:

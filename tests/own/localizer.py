@@ -17,7 +17,6 @@ class Brightest(Localizer):
         self,
         fields: dict[str, int],
         in_chans: int = 3,
-        max_focus: float = 1.0,
         window: list[float] | None = None,
         device: Any = None,
         dtype: Any = None,

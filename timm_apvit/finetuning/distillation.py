@@ -15,7 +15,6 @@ from timm_apvit.models.attention import attends, calls_of, patch_attention
 from timm_apvit.models.dense import splat_weights
 from timm_apvit.models.mixin import APViT
 from timm_apvit.patching.anchors import Rows
-from timm_apvit.patching.focus import Focus, focus_of
 from timm_apvit.patching.geometry import PatchGeometry
 
 
@@ -59,14 +58,12 @@ class Answer(NamedTuple):
         features: ``(B, D)``, pooled, as the classifier takes them.
         geometry: of the student's patches; None: they are fixed.
         attention: of its last block to each patch, ``(B, N)``, without gradient; None: not asked for.
-        focus: how the patches as a whole were placed; None: the model has none.
     """
 
     logits: Tensor
     features: Tensor
     geometry: PatchGeometry | None
     attention: Tensor | None = None
-    focus: Focus | None = None
 
 
 class Teacher(nn.Module):
@@ -119,26 +116,24 @@ def observed(model: nn.Module, images: Tensor, network: nn.Module | None = None,
     classifier: nn.Module = getattr(model, 'get_classifier')()  # noqa: B009  of every timm model
     layer: nn.Module | None = model.blocks[-1].attn if attention else None  # type: ignore[union-attr, index]
     patch_embed = model.patch_embed if isinstance(model, APViT) else None
-    focus = patch_embed and focus_of(patch_embed.patching.localizer)
     with (
         calls_of(classifier) as classified,
         calls_of(layer) as attended,
         calls_of(patch_embed) as seen,
-        calls_of(focus) as found,
     ):
         logits = (network or model)(images)
     with torch.no_grad():
         received = patch_attention(model, layer, attended[0][0]) if attention else None
     geometry = seen[0][1].geometry if seen else None
-    return Answer(logits, classified[0][0], geometry, received, found[0][1] if found else None)
+    return Answer(logits, classified[0][0], geometry, received)
 
 
 def check_attends(model: nn.Module) -> None:
     """Raise ValueError unless it is known how a model attends to its patches."""
     if not attends(model):
         raise ValueError(
-            "expected one of timm's VisionTransformers with ordinary attention at its end for --attention-weight "
-            f'and --guide-weight, got a {type(model).__name__} without; leave the first out, and set the second to 0'
+            "expected one of timm's VisionTransformers with ordinary attention at its end for --attention-weight, "
+            f'got a {type(model).__name__} without; leave it out'
         )
 
 

@@ -66,6 +66,13 @@ def _add_rates(parser: argparse.ArgumentParser) -> None:
         help='factor on the rate of the ViT without its classifier, besides --layer-decay (default: 1)',
     )
     add(
+        '--glance-epochs',
+        type=counted_from_0,
+        metavar='E',
+        help='epochs over the glances of --localizer glance, kept from one pass over the images, in which what reads '
+        'them is fitted first (default: 10; from scratch 0: new blocks see nothing)',
+    )
+    add(
         '--freeze-backbone-epochs',
         type=counted_from_0,
         metavar='E',
@@ -76,28 +83,6 @@ def _add_rates(parser: argparse.ArgumentParser) -> None:
         type=counted_from_0,
         metavar='E',
         help='first epochs in which what a ViT does not have stays as it is (default: 0)',
-    )
-    add(
-        '--max-focus',
-        type=number(float, 1),
-        metavar='X',
-        help='how far the patches as a whole may close in on what matters, learnt from the labels and from attention; '
-        "5 suits objects of 2 to 14 %% of the image (default: the model's own, 1 if it says none: where detail is "
-        'everywhere it has nothing to find)',
-    )
-    add(
-        '--guide-weight',
-        type=number(float, 0),
-        metavar='W',
-        help='of what attention teaches the focus beside the labels, with --max-focus (default: 1; from scratch 0: a '
-        'new transformer attends to anything)',
-    )
-    add(
-        '--whole-share',
-        type=number(float, 0, 1),
-        metavar='S',
-        help='share of the training images seen whole with --max-focus, which show attention what windows miss '
-        '(default: 0.1; from scratch 0)',
     )
     add(
         '--jitter',

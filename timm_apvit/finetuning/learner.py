@@ -16,7 +16,6 @@ from timm_apvit.finetuning.data import seed_from
 from timm_apvit.finetuning.distillation import Teacher, Weights, distilled_loss, observed
 from timm_apvit.finetuning.distributed import distribute, sum_over_processes, world_size
 from timm_apvit.finetuning.evaluation import autocast
-from timm_apvit.finetuning.guidance import Guide, max_focus_at, with_detached_window
 from timm_apvit.finetuning.mixing import Mixer
 from timm_apvit.finetuning.optimization import (
     create_optimizer,
@@ -27,7 +26,6 @@ from timm_apvit.finetuning.optimization import (
 from timm_apvit.finetuning.parsing import count
 from timm_apvit.finetuning.schedule import Schedule
 from timm_apvit.models.mixin import APViT
-from timm_apvit.patching.focus import focus_of
 
 CLIP_GRAD_NORM = 1.0
 
@@ -80,15 +78,9 @@ class Learner:
         self.device = torch.device(schedule.device)
         self.model = model.to(self.device)
         self.distillation = distillation
-        self.max_focus = model.patch_embed.patching.max_focus if isinstance(model, APViT) else 1.0
         self.updates = schedule.epochs * updates_per_epoch
         self.budgets = schedule.num_patches or ()
-        focus = focus_of(model.patch_embed.patching.localizer) if isinstance(model, APViT) else None
-        self.guide = None
-        if focus is not None:
-            self.guide = Guide(focus.width, num_classes, self.max_focus, schedule.guide_weight).to(self.device)
-        self.attends = self.guide is not None and self.guide.attention_weight > 0
-        self.optimizer = create_optimizer(model, schedule, self.guide)
+        self.optimizer = create_optimizer(model, schedule)
         self.scheduler = create_scheduler(self.optimizer, schedule, updates_per_epoch)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=schedule.amp == 'float16')
         self.mixer = Mixer(schedule, num_classes)
@@ -99,9 +91,7 @@ class Learner:
         if schedule.grad_checkpointing:
             getattr(model, 'set_grad_checkpointing')()  # noqa: B009  of every timm model
         if schedule.compile:
-            blocks = getattr(model, 'blocks')  # noqa: B009  of every ViT
-            # What the last block attends to is read from inside it.
-            for block in blocks[:-1] if self.attends else blocks:
+            for block in getattr(model, 'blocks'):  # noqa: B009  of every ViT
                 # All share one compiled code, which knows nothing of budgets and hooks.
                 block.compile()
         self.network: nn.Module | None = None
@@ -113,40 +103,20 @@ class Learner:
             model.set_num_patches(max(self.budgets, key=count))
         return model
 
-    def focus_at(self, update: int) -> float:
-        """How closely a model with focus may focus in an update."""
-        return max_focus_at(update / self.updates, self.max_focus)
-
     @contextmanager
     def exposed(self, model: nn.Module, update: int) -> Iterator[None]:
         """Let a model's patches move as they are to in an update; then, and when it is saved, as its arguments say."""
-        if not isinstance(model, APViT):
+        if not isinstance(model, APViT) or self.schedule.jitter is None:
             yield
             return
-        patching, focus = model.patch_embed.patching, focus_of(model.patch_embed.patching.localizer)
-        values: list[tuple[nn.Module, str, float]] = []
-        if self.schedule.jitter is not None:
-            done = (
-                update / (self.schedule.jitter_epochs * self.updates_per_epoch) if self.schedule.jitter_epochs else 0.0
-            )
-            values.append((patching, 'jitter', self.schedule.jitter * max(0.0, 1 - done)))
-        handle = None
-        if focus is not None:
-            values.append((focus, 'max_focus', self.focus_at(update)))
-            if self.schedule.whole_share is not None:
-                values.append((patching, 'whole_share', self.schedule.whole_share))
-            if self.schedule.guide_weight > 0:  # its lesson of its own spares it the noisier one through the sampling
-                handle = focus.register_forward_hook(with_detached_window)
-        before = [getattr(part, name) for part, name, _ in values]
+        patching, own = model.patch_embed.patching, model.patch_embed.patching.jitter
+        epochs = self.schedule.jitter_epochs
+        done = update / (epochs * self.updates_per_epoch) if epochs else 0.0
         try:
-            for part, name, value in values:
-                setattr(part, name, value)
+            patching.jitter = self.schedule.jitter * max(0.0, 1 - done)
             yield
         finally:
-            for (part, name, _), value in zip(values, before, strict=True):
-                setattr(part, name, value)
-            if handle is not None:
-                handle.remove()
+            patching.jitter = own
 
     @property
     def learning_rate(self) -> float:
@@ -158,8 +128,6 @@ class Learner:
         state = {'model': self.model.state_dict(), 'optimizer': self.optimizer.state_dict()}
         if self.ema is not None:
             state['ema'] = self.ema.module.state_dict()
-        if self.guide is not None:
-            state['guide'] = self.guide.state_dict()
         if self.scaler.is_enabled():
             state['scaler'] = self.scaler.state_dict()
         return state
@@ -170,8 +138,6 @@ class Learner:
         self.optimizer.load_state_dict(state['optimizer'])
         if self.ema is not None:
             self.ema.module.load_state_dict(state['ema'])
-        if self.guide is not None:
-            self.guide.load_state_dict(state['guide'])
         if self.scaler.is_enabled():
             self.scaler.load_state_dict(state['scaler'])
 
@@ -214,8 +180,6 @@ class Learner:
                     mean_losses([loss.detach()], update)
                 self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
             total += loss.detach()
-        if self.guide is not None:
-            self.guide.average_gradients()
         self.scaler.unscale_(self.optimizer)
         nn.utils.clip_grad_norm_(self.model.parameters(), CLIP_GRAD_NORM)
         self.scaler.step(self.optimizer)
@@ -233,15 +197,11 @@ class Learner:
             if distillation is not None:
                 wants_attention = distillation.weights.attention > 0 and isinstance(self.model, APViT)
                 lesson = distillation.teacher(images, wants_attention)
-            if lesson is None and self.guide is None:
+            if distillation is None or lesson is None:
                 return self._label_loss((self.network or self.model)(images), labels)
-            answer = observed(self.model, images, self.network, attention=self.attends)
+            answer = observed(self.model, images, self.network)
             loss = self._label_loss(answer.logits, labels)
-            if distillation is not None and lesson is not None:
-                loss = distilled_loss(loss, answer, lesson, distillation.weights)
-            if self.guide is not None:
-                loss = loss + self.guide(answer, labels)
-            return loss
+            return distilled_loss(loss, answer, lesson, distillation.weights)
 
     def _label_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         return F.cross_entropy(logits.float(), labels, label_smoothing=self.mixer.smoothing)

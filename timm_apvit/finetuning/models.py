@@ -73,7 +73,7 @@ def create_model(
         ValueError: it cannot be created, is not an APViT, or its weights cannot be loaded.
     """
     name = str(options.model)
-    optional = {'transform': options.transform, 'img_size': options.img_size, 'max_focus': options.max_focus}
+    optional = {'transform': options.transform, 'img_size': options.img_size, 'localizer': options.localizer}
     kwargs = {**options.model_kwargs, **{key: value for key, value in optional.items() if value is not None}}
     if options.num_patches:
         kwargs['num_patches'] = max(options.num_patches, key=count)

@@ -22,11 +22,8 @@ def roles(model: nn.Module) -> dict[nn.Parameter, str]:
     return found
 
 
-def create_optimizer(model: nn.Module, schedule: Schedule, guide: nn.Module | None = None) -> torch.optim.Optimizer:
-    """AdamW over timm's groups for layer decay, each divided by role, whose rates the schedule scales.
-
-    A guide, if there is one, learns as fast as what a ViT does not have.
-    """
+def create_optimizer(model: nn.Module, schedule: Schedule) -> torch.optim.Optimizer:
+    """AdamW over timm's groups for layer decay, each divided by role, whose rates the schedule scales."""
     role_of = roles(model)
     role_scale = {LOCALIZER: schedule.localizer_lr_scale, BACKBONE: schedule.backbone_lr_scale, HEAD: 1.0}
 
@@ -45,9 +42,6 @@ def create_optimizer(model: nn.Module, schedule: Schedule, guide: nn.Module | No
                 if parameters := [p for p in group['params'] if role_of[p] == role]:
                     lr_scale = group.get('lr_scale', 1.0) * scale
                     divided.append({**group, 'params': parameters, 'lr_scale': lr_scale})
-        if guide is not None:
-            scale = role_scale[LOCALIZER]
-            divided.append({'params': list(guide.parameters()), 'lr_scale': scale, 'weight_decay': 0.0})
         return divided
 
     optimizer: torch.optim.Optimizer = create_optimizer_v2(

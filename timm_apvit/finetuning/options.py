@@ -55,6 +55,7 @@ class Options(DataOptions):
     checkpoint: str | None = None
     num_patches: tuple[Budget, ...] | None = None
     transform: str | None = None
+    localizer: str | None = None
     img_size: int | None = None
     model_kwargs: dict[str, Any] = field(default_factory=dict)
     twin: bool | None = None
@@ -74,11 +75,9 @@ class Options(DataOptions):
     ema: float | None = None
     localizer_lr_scale: float = 1.0
     backbone_lr_scale: float = 1.0
+    glance_epochs: int | None = None
     freeze_backbone_epochs: int = 0
     freeze_localizer_epochs: int = 0
-    max_focus: float | None = None
-    guide_weight: float | None = None
-    whole_share: float | None = None
     jitter: float | None = None
     jitter_epochs: int | None = None
     teacher: str | None = None
@@ -126,6 +125,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         'update, for one model that serves them all',
     )
     add('--transform', metavar='NAME', help="what a patch may do: translation, scale, ... (default: the model's own)")
+    add(
+        '--localizer',
+        metavar='NAME',
+        help="what says where patches lie: cnn, glance, ... (default: the model's own; cnn if it says none)",
+    )
     add('--img-size', type=counted, metavar='PIXELS', help="side of the images (default: the model's own)")
     add(
         '--model-kwargs',

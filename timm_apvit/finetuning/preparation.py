@@ -27,7 +27,6 @@ from timm_apvit.finetuning.soundness import (
     check_batches,
     check_destination,
     check_epochs,
-    check_focus,
     check_options,
 )
 from timm_apvit.finetuning.sources import is_path, load_splits
@@ -108,7 +107,6 @@ def prepare(given: dict[str, Any]) -> Run:
     start = start_model(options, len(splits.label_names))
     if options.crop_pct is not None:
         start.model.pretrained_cfg['crop_pct'] = options.crop_pct  # which those who load the model crop by
-    check_focus(start.model, options, schedule.guide_weight)
     _check_states(states, splits)
     distillation = create_distillation(options, start, data_config)
     twin = create_twin(start.model) if options.twin else None
@@ -176,7 +174,13 @@ def with_defaults(options: Options) -> Options:
         changes.update({name: value for name, value in usual.items() if getattr(options, name) is None})
     fine_tuned = _is_fine_tuned(options)
     epochs = options.epochs or (6 if embedded else 10)
+    # A registered name: what was saved has a localiser of its own.
+    chooses = options.localizer is None and 'localizer' not in options.model_kwargs and ':' not in str(options.model)
+    localizer = 'glance' if options.pretrained and chooses else options.localizer
+    glances = 'glance' in str(localizer or options.model_kwargs.get('localizer'))
     filled = {
+        'localizer': localizer,
+        'glance_epochs': 10 if fine_tuned and glances else 0,
         'twin': embedded,
         'epochs': epochs,
         'lr': 2e-4 if fine_tuned else 1e-3,
@@ -212,15 +216,7 @@ def _schedule(options: Options) -> Schedule:
     workers = options.workers
     if workers is None:
         workers = 0 if options.data is None else min(8, (os.cpu_count() or 1) // processes_here())
-    attends = _is_fine_tuned(options)  # from scratch, attention has nothing to teach
-    settled: dict[str, Any] = {
-        'device': device,
-        'workers': workers,
-        'guide_weight': float(attends) if options.guide_weight is None else options.guide_weight,
-        'whole_share': options.whole_share,
-    }
-    if options.whole_share is None and 'whole_share' not in options.model_kwargs:
-        settled['whole_share'] = 0.1 * attends
+    settled: dict[str, Any] = {'device': device, 'workers': workers}
     schedule = Schedule(**{name: settled.get(name, getattr(options, name)) for name in Schedule._fields})
     check_epochs(schedule)
     return schedule

@@ -18,6 +18,7 @@ class Schedule(NamedTuple):
         seed: of the order and augmentation of the data and of what is random in the model.
         workers: processes that load data; 0: none but this one.
         device: where to train.
+        glance_epochs: over the glances, in which a model with ``localizer='glance'`` is fitted to them first.
         num_patches: budgets, of which each update takes one at random; none: the model's own.
         mixup: alpha of mixup; 0: none.
         cutmix: alpha of cutmix; 0: none.
@@ -30,8 +31,6 @@ class Schedule(NamedTuple):
         freeze_localizer_epochs: first epochs in which what a ViT does not have does not learn.
         jitter: of the model in the first update; None: the model's own.
         jitter_epochs: over which ``jitter`` falls to 0; None: it stays.
-        guide_weight: of what attention teaches a model with focus, beside the labels.
-        whole_share: of the images that such a model sees whole while training.
         amp: ``'bfloat16'``, ``'float16'``, or None for float32.
         grad_accum: pieces in which a process computes its part of a batch.
         grad_checkpointing: whether activations are computed twice rather than kept.
@@ -47,6 +46,7 @@ class Schedule(NamedTuple):
     seed: int
     workers: int
     device: str
+    glance_epochs: int = 0
     num_patches: tuple[Budget, ...] | None = None
     mixup: float = 0.0
     cutmix: float = 0.0
@@ -59,8 +59,6 @@ class Schedule(NamedTuple):
     freeze_localizer_epochs: int = 0
     jitter: float | None = None
     jitter_epochs: int | None = None
-    guide_weight: float = 1.0
-    whole_share: float | None = 0.1
     amp: str | None = None
     grad_accum: int = 1
     grad_checkpointing: bool = False

@@ -1,13 +1,11 @@
 """Options that contradict each other, and batches that cannot be divided."""
 
-from timm_apvit.finetuning.distillation import check_attends
 from timm_apvit.finetuning.distributed import is_main
 from timm_apvit.finetuning.options import Options
 from timm_apvit.finetuning.parsing import flag
 from timm_apvit.finetuning.schedule import Schedule
 from timm_apvit.finetuning.sharing import Share
 from timm_apvit.hub.access import check_access
-from timm_apvit.models.mixin import APViT
 
 TEACHING = ('distill_weight', 'distill_temperature', 'token_weight', 'attention_weight')
 
@@ -21,7 +19,7 @@ def check_options(options: Options) -> None:
             raise ValueError(
                 f'expected {flag(name)} without DATA only, whose images count themselves, got {flag(name)} with DATA'
             )
-    for name in ('num_patches', 'transform', 'img_size', 'jitter', 'max_focus'):
+    for name in ('num_patches', 'transform', 'img_size', 'jitter', 'localizer'):
         if getattr(options, name) is not None and name in options.model_kwargs:
             raise ValueError(f'expected {flag(name)} or {name} among --model-kwargs, got both')
     usual = Options()
@@ -47,24 +45,6 @@ def check_destination(options: Options) -> None:
         raise ValueError('expected --push-to-hub with --private, got none')
     if not options.push_picture and options.push_to_hub is None:
         raise ValueError('expected --push-to-hub with --no-push-picture, got none')
-
-
-def check_focus(model: APViT, options: Options, guide_weight: float) -> None:
-    """Raise ValueError if a model cannot learn to focus as the options ask for."""
-    if model.patch_embed.patching.max_focus > 1:
-        if options.freeze_localizer_epochs:
-            raise ValueError('expected no --freeze-localizer-epochs with --max-focus, which closes in meanwhile')
-        if guide_weight > 0:
-            check_attends(model)
-            if getattr(model.patch_drop, 'prob', 0) > 0:
-                raise ValueError(
-                    'expected patch_drop_rate=0 with --max-focus and a --guide-weight above 0: attention to dropped '
-                    'patches is not known'
-                )
-        return
-    for name in ('guide_weight', 'whole_share'):
-        if getattr(options, name) is not None:
-            raise ValueError(f'expected --max-focus above 1 with {flag(name)}, got none')
 
 
 def check_epochs(schedule: Schedule) -> None:

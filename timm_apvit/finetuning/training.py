@@ -4,6 +4,7 @@ An epoch starts from seeds of its own, so that a training that was interrupted i
 before, to the very result of an unbroken one.
 """
 
+import logging
 import math
 import time
 from collections.abc import Callable
@@ -17,10 +18,13 @@ from torch.utils.data import DataLoader
 from timm_apvit.finetuning.checkpoints import CheckpointStore
 from timm_apvit.finetuning.data import Splits, create_batches, seed_from
 from timm_apvit.finetuning.distributed import gather_from_processes, is_main, own_share, rank
-from timm_apvit.finetuning.evaluation import evaluate_budgets
+from timm_apvit.finetuning.evaluation import autocast, evaluate_budgets
 from timm_apvit.finetuning.learner import Distillation, Learner, mean_losses
 from timm_apvit.finetuning.progress import Progress
 from timm_apvit.finetuning.schedule import Schedule
+from timm_apvit.learning.glance import collapsed, fit_glance
+from timm_apvit.models.glance import glances
+from timm_apvit.models.mixin import APViT
 
 # What a saved state holds.
 STATE_KEYS = {'model', 'optimizer', 'rows', 'label_names'}
@@ -28,6 +32,8 @@ STATE_KEYS = {'model', 'optimizer', 'rows', 'label_names'}
 CHECK_EVERY = 20
 
 Row = dict[str, float]
+
+_logger = logging.getLogger(__name__)
 
 
 def train(
@@ -66,6 +72,11 @@ def train(
     learner = Learner(model, schedule, len(splits.label_names), updates_per_epoch, distillation)
     rows = _restore(learner, store, on_epoch)
     epochs = range(len(rows), schedule.epochs)
+    glancing = model if isinstance(model, APViT) and glances(model) else None
+    if schedule.glance_epochs and not rows and glancing:
+        torch.manual_seed(seed_from(schedule.seed, 0, 2, rank()))
+        with autocast(learner.device, schedule.amp):
+            fit_glance(glancing, _batches(splits, schedule, epoch=0), schedule.glance_epochs)
     images = min(schedule.batch_size, len(splits.train))
     progress = Progress(name, updates_per_epoch, images, epochs, shown=is_main())
     for epoch in epochs:
@@ -83,13 +94,16 @@ def train(
                 schedule.workers,
                 schedule.amp,
             )
+        if glancing and is_main():
+            shown, _ = next(iter(create_batches(splits.test, 0, 16)))
+            if sentence := collapsed(glancing, shown.to(learner.device)):
+                _logger.warning(sentence)
+                glancing = None  # told once
         if not math.isfinite(metrics['test_loss']):
             raise FloatingPointError(
                 f'the test loss became {metrics["test_loss"]} after epoch {epoch + 1}; try a lower --lr'
             )
         row = {'epoch': epoch + 1, 'lr': learner.learning_rate, 'train_loss': train_loss, **metrics}
-        if learner.guide is not None:
-            row['max_focus'] = learner.focus_at(last)
         rows.append({**row, 'seconds': round(time.monotonic() - start, 2)})
         if is_main():
             state = {**learner.state_dict(), 'rows': rows, 'label_names': list(splits.label_names)}
@@ -104,9 +118,8 @@ def train(
 
 
 def best_row(rows: list[Row]) -> Row:
-    """The row of the best epoch: the first one of the highest test accuracy, of those that focus as closely as any."""
-    closest = max(row.get('max_focus', 1.0) for row in rows)
-    return max((row for row in rows if row.get('max_focus', 1.0) == closest), key=lambda row: row['test_top1'])
+    """The row of the best epoch: the first one of the highest test accuracy."""
+    return max(rows, key=lambda row: row['test_top1'])
 
 
 def _best(rows: list[Row]) -> int:

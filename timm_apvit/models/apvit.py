@@ -23,6 +23,7 @@ from timm.models import (
     vision_transformer,
 )
 
+import timm_apvit.models.glance  # noqa: F401  registers it
 from timm_apvit.models.checkpoint import checkpoint_filter_fn, source_repository
 from timm_apvit.models.mixin import APViT
 from timm_apvit.models.vits import ADAPTIVE_CLASSES

@@ -96,7 +96,7 @@ def checkpoint_filter_fn(
 def _hint(missing: set[str], unexpected: set[str]) -> str:
     """What the keys that do not fit say of the model that they are of."""
     if any('.focus.' in key for key in unexpected):
-        return '; the checkpoint is of a model with max_focus above 1'
+        return "; the checkpoint is of a model with max_focus, in whose place localizer='glance' is now"
     if any(key.startswith(EMBED + LOCALIZER) for key in missing | unexpected):
         return '; if it is whole, it is of a model with another localizer, other options of it, or a larger transform'
     return ''

@@ -26,9 +26,7 @@ for _name in ('layout_pos_embed', 'splat_weights', 'dense_map'):
 register_notrace_module(AdaptivePatchEmbed)
 
 # Arguments of every APViT that a ViT of timm does not have.
-ADAPTIVE_ARGS = frozenset(
-    ('num_patches', 'transform', 'localizer', 'jitter', 'window_jitter', 'whole_share', 'max_focus', *BOUNDS)
-)
+ADAPTIVE_ARGS = frozenset(('num_patches', 'transform', 'localizer', 'jitter', 'window_jitter', 'whole_share', *BOUNDS))
 # What other libraries, and timm's own maps of features, wrap a model in, by the attribute that has the model.
 WRAPPED = ('_orig_mod', 'module', 'timm_model', 'merge_and_unload', 'model')
 
@@ -45,6 +43,7 @@ class APViT(TimmViT):  # type: ignore[misc]
         ``_pos_embed`` reads the position embedding at the patches' centres;
         ``forward_intermediates`` puts tokens back where they looked (`timm_apvit.models.dense`), as a reshape of free
         tokens to a grid would lie;
+        ``forward`` adds the answer of a localiser that has one, and ``reset_classifier`` resets it;
         ``group_matcher`` keeps the localiser out of the stem, so that layer decay gives it the full rate.
 
     Args:
@@ -52,7 +51,7 @@ class APViT(TimmViT):  # type: ignore[misc]
             (`timm_apvit.patching.anchors`); default: the base grid of ``img_size``, also after ``set_input_size``, and
             the input's own grid with ``dynamic_img_size``.
         kwargs: further arguments of `timm_apvit.AdaptivePatching`: ``transform``, ``localizer``, ``jitter``,
-            ``window_jitter``, ``whole_share``, ``max_focus``, and the bounds of the transform, ``max_shift``,
+            ``window_jitter``, ``whole_share``, and the bounds of the transform, ``max_shift``,
             ``max_zoom``, ...; and those of timm's class.
 
     Attributes:
@@ -77,6 +76,7 @@ class APViT(TimmViT):  # type: ignore[misc]
     def make_adaptive(self, **adaptive: Any) -> None:
         """Exchange timm's patch embedding for an `AdaptivePatchEmbed` with such arguments."""
         self.patch_embed = AdaptivePatchEmbed(self.patch_embed, **adaptive).train(self.training)
+        self.patch_embed.patching.localizer.attach(self)
         # timm's own functions, too, are to save what rebuilds the model.
         self._model_args = {**getattr(self, '_model_args', {}), **self.adaptive_args()}
 
@@ -108,6 +108,21 @@ class APViT(TimmViT):  # type: ignore[misc]
                 image_from_patch=geometry.image_from_patch * ratio[:, None],
             )
         return geometry
+
+    def _forward(self, forward: Any, x: Any, **kwargs: Any) -> Any:
+        """Run timm's ``forward``; a localiser that has an answer of its own adds it to the logits, or features."""
+        if not self.patch_embed.patching.localizer.answers:
+            return forward(x, **kwargs)
+        patches = self.patch_embed(x)
+        output, answer = forward(patches, **kwargs), patches.geometry.logits
+        if isinstance(output, tuple):  # a distillation head's beside that of the labels
+            return tuple(each + answer for each in output)
+        return output + (answer.unsqueeze(1) if self.global_pool == '' and not self.num_classes else answer)
+
+    def reset_classifier(self, num_classes: int, *args: Any, **kwargs: Any) -> None:
+        """As in timm; the localiser's own classifier, if it has one, starts anew as well."""
+        super().reset_classifier(num_classes, *args, **kwargs)
+        self.patch_embed.patching.localizer.reset_classifier(num_classes)
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Groups for layer decay. What a ViT does not have matches none of them, and so learns at the head's rate."""
@@ -182,10 +197,18 @@ def split_adaptive(arguments: dict[str, Any]) -> tuple[dict[str, Any], dict[str,
     """Adaptive arguments, and the others; bounds that only other families have are left out.
 
     As with the bounds of all families, a model may change its family and keep those of the one that it had.
+
+    Raises:
+        ValueError: a ``max_focus``, which earlier versions had, that is not 1.
     """
+    if arguments.get('max_focus', 1) != 1:
+        raise ValueError(
+            "expected localizer='glance' in the place of max_focus: it finds its window in any training, and "
+            f"{{'name': 'glance', 'max_focus': 5}} bounds it, got max_focus={arguments['max_focus']!r}"
+        )
     transform = arguments.get('transform', 'scale')
     known = ADAPTIVE_ARGS | TRANSFORMS.named(transform).own_bounds.keys()
-    left_out = known | other_bounds(transform)
+    left_out = known | other_bounds(transform) | {'max_focus'}
     adaptive = {name: value for name, value in arguments.items() if name in known}
     return adaptive, {name: value for name, value in arguments.items() if name not in left_out}
 

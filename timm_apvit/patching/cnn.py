@@ -7,7 +7,6 @@ from torch import Tensor, nn
 
 from timm_apvit.patching.anchors import Anchors
 from timm_apvit.patching.deterministic import grid_sample, resize
-from timm_apvit.patching.focus import FocusNetwork
 from timm_apvit.patching.layers import Linear, ScaleKeeping, ZeroLinear, conv_norm_act, convert_channels
 from timm_apvit.patching.localizers import Localizer, Look, register_localizer
 
@@ -21,10 +20,10 @@ class CNNLocalizer(ScaleKeeping, Localizer):
     The image is resized to a fixed side with anti-aliasing (so that the cost does not grow with the image), a strided
     stem extracts features, a context branch condenses the whole image into one vector (so that a patch can react to
     what is far from it), and a small MLP reads both at each anchor. The last layers are zero: the identity transform.
-    With ``max_focus`` above 1 a window is found from the same features (`timm_apvit.patching.focus`).
+    It finds no window.
 
-    Each field has its own last layer, so that a checkpoint says what it predicts. Arguments as for `Localizer`;
-    ``max_focus`` is at most 5, and
+    Each field has its own last layer, so that a checkpoint says what it predicts. Arguments as for `Localizer`,
+    and
 
     Args:
         side: pixels along the side of the resized image, a multiple of 16.
@@ -39,7 +38,6 @@ class CNNLocalizer(ScaleKeeping, Localizer):
         self,
         fields: dict[str, int],
         in_chans: int = 3,
-        max_focus: float = 1.0,
         side: int = 64,
         width: int = 64,
         context: int = 128,
@@ -71,7 +69,6 @@ class CNNLocalizer(ScaleKeeping, Localizer):
         self.from_anchor = Linear(4, width, bias=False, **factory)
         self.mlp = nn.Sequential(nn.GELU(), Linear(width, width, **factory), nn.GELU())
         self.fields = nn.ModuleDict({name: ZeroLinear(width, n, **factory) for name, n in fields.items()})
-        self.focus = FocusNetwork(width, max_focus, **factory) if max_focus > 1 else None
         self.init_weights()
 
     def level(self, image_size: tuple[int, int]) -> int:
@@ -89,10 +86,7 @@ class CNNLocalizer(ScaleKeeping, Localizer):
         small = resize(image.float(), [self.side, self.side], 'bilinear')
         features = self.stem(small.to(dtype))
         context = self.from_context(self.context(features)).unsqueeze(1)
-        if self.focus is None:
-            return Look((features, context))
-        found = self.focus(features, context)
-        return Look((features, context), found.window, found.saliency)
+        return Look((features, context))
 
     def forward(self, look: Look, anchors: Anchors) -> dict[str, Tensor]:
         """See `Localizer`."""
@@ -105,27 +99,11 @@ class CNNLocalizer(ScaleKeeping, Localizer):
         return {name: layer(hidden).float() for name, layer in self.fields.items()}
 
     def fit(self, state_dict: dict[str, Any], prefix: str) -> None:
-        """Rename what was renamed, give zeros to fields that a smaller family lacks, and adapt the first convolution.
-
-        A checkpoint without focus gets this network's own, which starts as the whole image.
-        """
-        former_focus = prefix.removesuffix('localizer.') + 'focus.'
+        """Also rename what was renamed, and adapt the first convolution."""
         for key in list(state_dict):
             if key.startswith(prefix + FORMER_FIELDS):
                 state_dict[prefix + 'fields.' + key.removeprefix(prefix + FORMER_FIELDS)] = state_dict.pop(key)
-            elif key.startswith(former_focus):
-                state_dict[prefix + 'focus.' + key.removeprefix(former_focus)] = state_dict.pop(key)
-        focuses = any(key.startswith(prefix + 'focus.') for key in state_dict)
-        predicted = {key.rpartition('.')[0] for key in state_dict if key.startswith(prefix + 'fields.')}
-        for name, value in self.state_dict(prefix=prefix).items():
-            if name in state_dict:
-                continue
-            field = name.rpartition('.')[0]
-            # Every family predicts the shift: a checkpoint without it is not of a smaller family, but broken.
-            if field.startswith(prefix + 'fields.') and field not in predicted and not field.endswith('.shift'):
-                state_dict[name] = torch.zeros_like(value)
-            elif name.startswith(prefix + 'focus.') and not focuses and not value.is_meta:
-                state_dict[name] = value
+        super().fit(state_dict, prefix)
         stem = f'{prefix}stem.0.0.weight'
         if stem in state_dict:
             state_dict[stem] = convert_channels(state_dict[stem], self.in_chans, stem)

@@ -10,10 +10,19 @@ import math
 import numbers
 import operator
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.amp import is_autocast_available
+
+
+def in_float32(device: torch.device) -> AbstractContextManager[Any]:
+    """Compute as the tensors' dtypes say, whatever autocast surrounds it."""
+    if is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
 
 
 def cell_centres(index: Tensor, count: Tensor) -> Tensor:

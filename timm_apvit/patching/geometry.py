@@ -27,9 +27,10 @@ class PatchGeometry(NamedTuple):
         shear: x displacement per unit of y, in the patch's own frame: ``(B, N)``.
         image_from_patch: linear part of the map from patch-local to image coordinates, without the warp:
             ``(B, N, 2, 2)``.
-        saliency: logits of where the localisation network looks, ``(B, h, w)`` over the image; None without focus.
-        window: centre (x, y) and half-extent of where the anchors were put, ``(B, 3)``; None without focus. Where an
-            image is padded or cropped to whole patches, this and the saliency are of what the patches tile.
+        saliency: logits of where the localisation network looks, ``(B, h, w)`` over the image; None: it does not say.
+        window: centre (x, y) and half-extent of where the anchors were put, ``(B, 3)``; None: all of the image. Where
+            an image is padded or cropped to whole patches, this and the saliency are of what the patches tile.
+        logits: what the localiser answers by itself, ``(B, classes)``; None: nothing.
         perspective: v of the projective warp ``u / (1 + v . u)``, ``(B, N, 2)``; None: there is none.
         spline: coefficients of a thin-plate spline's displacements, ``(B, N, 19, 2)``: of 16 kernels, of 1, x and y;
             None: there is none.
@@ -42,6 +43,7 @@ class PatchGeometry(NamedTuple):
     image_from_patch: Tensor
     saliency: Tensor | None = None
     window: Tensor | None = None
+    logits: Tensor | None = None
     perspective: Tensor | None = None
     spline: Tensor | None = None
 

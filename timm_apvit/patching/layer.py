@@ -5,17 +5,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.amp import is_autocast_available
 
 import timm_apvit.patching.cnn
 import timm_apvit.patching.families  # noqa: F401  registers them, as the line above does
 from timm_apvit.patching.anchors import Layout, NumPatches, resolve_layout
-from timm_apvit.patching.coords import check_number, check_patch_size, check_shape, sample_grid
-from timm_apvit.patching.focus import shifted_window, window_inside
+from timm_apvit.patching.coords import check_number, check_patch_size, check_shape, in_float32, sample_grid
 from timm_apvit.patching.geometry import PatchGeometry, footprint, patch_jacobians, patch_points
-from timm_apvit.patching.localizers import LOCALIZERS, Localizer
+from timm_apvit.patching.localizers import LOCALIZERS, Localizer, Look
 from timm_apvit.patching.sampling import mip_pyramid, num_mip_levels, sample_patches
 from timm_apvit.patching.transforms import TRANSFORMS
+from timm_apvit.patching.windows import shifted_window, window_inside
 
 # No window closes in by more than this, so that none is empty.
 LARGEST_FOCUS = 1000.0
@@ -43,9 +42,6 @@ class AdaptivePatching(nn.Module):
         window_jitter: in train mode, of the noise on the centre of a window, in its own half-extents, and on the
             logarithm of its size.
         whole_share: share of the images that are seen whole in train mode, rather than in their window.
-        max_focus: largest factor by which the anchors as a whole close in on what matters in the image, in a window
-            that the localiser finds; 1: they tile the image. The window of ``'cnn'`` closes in by 5 at most, has
-            lessons of its own, and learns nothing without them (`timm_apvit.finetuning.guidance`).
         device: of the parameters.
         dtype: of the parameters.
         bounds: of the transform (`timm_apvit.patching.transforms`): ``max_shift``, ``max_zoom``, ``max_rotation``,
@@ -70,9 +66,8 @@ class AdaptivePatching(nn.Module):
         localizer: Any = 'cnn',
         in_chans: int = 3,
         jitter: float = 0.0,
-        window_jitter: float = 0.0,
-        whole_share: float = 0.0,
-        max_focus: float = 1.0,
+        window_jitter: float = 0.15,
+        whole_share: float = 0.1,
         device: Any = None,
         dtype: Any = None,
         **bounds: float,
@@ -83,19 +78,18 @@ class AdaptivePatching(nn.Module):
         self.jitter = check_number('jitter', jitter, 0)
         self.window_jitter = check_number('window_jitter', window_jitter, 0, 1)
         self.whole_share = check_number('whole_share', whole_share, 0, 1)
-        self.max_focus = check_number('max_focus', max_focus, 1)
         self.set_num_patches(num_patches)
         self.family = transform
         self.transform = TRANSFORMS.named(transform)(**bounds)
         self.localizer_spec = deepcopy(localizer)
         self.localizer: Localizer = LOCALIZERS.create(
-            localizer, self.transform.fields, in_chans=in_chans, max_focus=self.max_focus, device=device, dtype=dtype
+            localizer, self.transform.fields, in_chans=in_chans, device=device, dtype=dtype
         )
 
     def arguments(self) -> dict[str, Any]:
         """The arguments that say what patches may do and what places them, as config.json can hold them."""
         own = {'transform': self.family, 'localizer': self.localizer_spec}
-        exposure = {name: getattr(self, name) for name in ('jitter', 'window_jitter', 'whole_share', 'max_focus')}
+        exposure = {name: getattr(self, name) for name in ('jitter', 'window_jitter', 'whole_share')}
         return {**own, **exposure, **self.transform.bounds}
 
     def set_num_patches(self, num_patches: NumPatches) -> None:
@@ -116,19 +110,36 @@ class AdaptivePatching(nn.Module):
             raise ValueError(f'expected an image of shape (B, {self.in_chans}, H, W), got {list(image.shape)}')
         if not image.is_floating_point():
             raise ValueError(f'expected a normalised floating-point image, got dtype {image.dtype}')
-        # Where patches lie, and what is read there, is float32 whatever surrounds it.
-        if is_autocast_available(image.device.type) and torch.is_autocast_enabled(image.device.type):
-            with torch.autocast(image.device.type, enabled=False):
-                return self._patches(image, layout or self.layout)
-        return self._patches(image, layout or self.layout)
-
-    def _patches(self, image: Tensor, layout: Layout) -> tuple[Tensor, PatchGeometry]:
-        """What `forward` returns, for an image that it accepts."""
+        layout = layout or self.layout
         image_size = (image.shape[2], image.shape[3])
-        num_levels = self._num_levels(image_size, layout)
-        # In float32, as coordinates are.
-        pyramid = mip_pyramid(image.float(), max(num_levels, self.localizer.level(image_size) + 1))
-        look = self.localizer.look(pyramid)
+        with in_float32(image.device):
+            levels = max(self.num_levels(image_size, layout), self.localizer.level(image_size) + 1)
+            pyramid = mip_pyramid(image.float(), levels)
+            look = None if self.localizer.under_autocast else self.localizer.look(pyramid)
+        look = look or self.localizer.look(pyramid)
+        with in_float32(image.device):
+            geometry = self._located(image, look, layout)
+            return self._sample(pyramid, geometry, layout), geometry
+
+    def unmoved(self, pyramid: list[Tensor], layout: Layout) -> tuple[Tensor, PatchGeometry]:
+        """The patches of a layout where its anchors are, from the mip levels of a batch; as `forward` returns them."""
+        image = pyramid[0]
+        none = {k: image.new_zeros(image.shape[0], layout.num_patches, n) for k, n in self.transform.fields.items()}
+        with in_float32(image.device):
+            geometry = self.transform(none, layout.anchors(image.device), (image.shape[2], image.shape[3]), None)
+            return self._sample(pyramid, geometry, layout), geometry
+
+    def sample(self, image: Tensor, geometry: PatchGeometry, layout: Layout) -> Tensor:
+        """Sample the patches of a geometry, at most as large as those of a layout may become."""
+        num_levels = self.num_levels((image.shape[2], image.shape[3]), layout)
+        return self._sample(mip_pyramid(image.float(), num_levels), geometry, layout)
+
+    def num_levels(self, image_size: tuple[int, int], layout: Layout) -> int:
+        """How many mip levels of an image ``(H, W)`` the patches of a layout may be read from."""
+        return num_mip_levels(self.transform.max_footprint(layout, image_size, self.patch_size), image_size)
+
+    def _located(self, image: Tensor, look: Look, layout: Layout) -> PatchGeometry:
+        """Where the patches of a layout lie in images that were looked at."""
         anchors, window = layout.anchors(image.device), look.window
         if window is not None:
             window = self._exposed(check_shape('the window of the localizer', window, (image.shape[0], 3)))
@@ -139,25 +150,16 @@ class AdaptivePatching(nn.Module):
         noise = None
         if self.training and self.jitter > 0:
             noise = self.jitter * torch.randn_like(parameters['shift'])
-        geometry = self.transform(parameters, anchors, image_size, noise)
-        geometry = geometry._replace(saliency=look.saliency, window=window)
-        return self._sample(pyramid[:num_levels], geometry), geometry
+        geometry: PatchGeometry = self.transform(parameters, anchors, (image.shape[2], image.shape[3]), noise)
+        return geometry._replace(saliency=look.saliency, window=window, logits=look.logits)
 
-    def sample(self, image: Tensor, geometry: PatchGeometry, layout: Layout) -> Tensor:
-        """Sample the patches of a geometry, at most as large as those of a layout may become."""
-        num_levels = self._num_levels((image.shape[2], image.shape[3]), layout)
-        return self._sample(mip_pyramid(image.float(), num_levels), geometry)
-
-    def _num_levels(self, image_size: tuple[int, int], layout: Layout) -> int:
-        """How many mip levels the patches of a layout may be read from."""
-        return num_mip_levels(self.transform.max_footprint(layout, image_size, self.patch_size), image_size)
-
-    def _sample(self, pyramid: list[Tensor], geometry: PatchGeometry) -> Tensor:
+    def _sample(self, pyramid: list[Tensor], geometry: PatchGeometry, layout: Layout) -> Tensor:
         image = pyramid[0]
+        image_size = (image.shape[2], image.shape[3])
         local = sample_grid(self.patch_size, image.device)
-        jacobians = patch_jacobians(geometry, local)
-        steps = footprint(jacobians, (image.shape[2], image.shape[3]), self.patch_size)
-        return sample_patches(pyramid, patch_points(geometry, local), steps)
+        steps = footprint(patch_jacobians(geometry, local), image_size, self.patch_size)
+        levels = pyramid[: self.num_levels(image_size, layout)]
+        return sample_patches(levels, patch_points(geometry, local), steps)
 
     def _exposed(self, window: Tensor) -> Tensor:
         """The windows ``(B, 3)`` inside the image, but for noise and some images seen whole in train mode."""

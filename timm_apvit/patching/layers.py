@@ -41,6 +41,14 @@ class GroupNorm(nn.GroupNorm):
         return F.group_norm(x, self.num_groups, _as(self.weight, x), _as(self.bias, x), self.eps)
 
 
+class LayerNorm(nn.LayerNorm):
+    """Layer normalisation that computes in the dtype of its input, see `Linear`: ``(..., C)``, as is its result."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the layer."""
+        return F.layer_norm(x, self.normalized_shape, _as(self.weight, x), _as(self.bias, x), self.eps)
+
+
 class ZeroLinear(nn.Module):
     """`Linear` that starts at zero and that timm's ``init_weights`` leaves at zero: ``(..., C)`` -> ``(..., D)``.
 
@@ -106,7 +114,7 @@ class ScaleKeeping(nn.Module):
                 nn.init.xavier_uniform_(module.weight)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-            elif isinstance(module, nn.Conv2d | nn.GroupNorm | ZeroLinear):
+            elif isinstance(module, nn.Conv2d | nn.GroupNorm | nn.LayerNorm | ZeroLinear):
                 module.reset_parameters()
 
     reset_parameters = init_weights  # what timm calls after to_empty

@@ -8,6 +8,7 @@ of a transform at each of them.
 from abc import ABC, abstractmethod
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from timm_apvit.patching.anchors import Anchors
@@ -22,11 +23,13 @@ class Look(NamedTuple):
         window: centre (x, y) and half-extent of what the anchors are to be laid over, ``(B, 3)``, inside the image;
             None: all of it. It keeps the image's aspect.
         saliency: logits of where it looks, ``(B, h, w)`` over the image, for pictures; None: it does not say.
+        logits: its own answer, ``(B, classes)``, which is added to that of the ViT; None: it has none.
     """
 
     memory: Any
     window: Tensor | None = None
     saliency: Tensor | None = None
+    logits: Tensor | None = None
 
 
 class Localizer(nn.Module, ABC):
@@ -39,11 +42,23 @@ class Localizer(nn.Module, ABC):
     Args:
         fields: name -> width of what it is to predict.
         in_chans: image channels C.
-        max_focus: largest factor by which a window may close in; 1: it finds none.
         device: of the parameters.
         dtype: of the parameters.
         options: its own, as config.json holds them.
+
+    Attributes:
+        under_autocast: whether to look under the autocast that may surround the model; else it looks in float32.
+        answers: whether its looks have logits.
     """
+
+    under_autocast: bool = False
+    answers: bool = False
+
+    def attach(self, vit: Any) -> None:
+        """Get to know the ViT that it is to serve, which is otherwise ready; once, when a model is made."""
+
+    def reset_classifier(self, num_classes: int) -> None:
+        """The ViT has so many classes from now on; 0: none."""
 
     @abstractmethod
     def level(self, image_size: tuple[int, int]) -> int:
@@ -64,8 +79,14 @@ class Localizer(nn.Module, ABC):
         """Adapt a whole checkpoint of a localiser of this class, whose keys have a prefix, to this one, in place.
 
         Here what has other options is repaired: renamed, widened, of other channels. What is left as it is, loading
-        compares strictly.
+        compares strictly. Where layers by field name are in ``fields``, those that a smaller family lacks become zeros.
         """
+        predicted = {key.rpartition('.')[0] for key in state_dict if key.startswith(f'{prefix}fields.')}
+        for name, value in self.state_dict(prefix=prefix).items():
+            field = name.rpartition('.')[0]
+            # Every family predicts the shift: a checkpoint without it is not of a smaller family, but broken.
+            if field.startswith(f'{prefix}fields.') and field not in predicted and not field.endswith('.shift'):
+                state_dict[name] = torch.zeros_like(value)
 
 
 LOCALIZERS: Parts[type[Localizer]] = Parts('localizer')

@@ -1,0 +1,1 @@
+"""What any training loop can use to teach an APViT faster."""

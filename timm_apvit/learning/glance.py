@@ -1,0 +1,129 @@
+"""A head start for ``localizer='glance'``: what reads the ViT's tokens is fitted before the ViT itself learns."""
+
+from collections.abc import Callable, Iterable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from timm_apvit.models.glance import GlanceLocalizer, answer_of
+from timm_apvit.models.mixin import APViT, check_apvit
+from timm_apvit.patching.coords import in_float32
+from timm_apvit.patching.sampling import mip_pyramid
+
+# Share of the tokens' features that are dropped: it is fitted on few images.
+DROPOUT = 0.2
+# Images of an update.
+BATCH_SIZE = 64
+
+
+def fit_glance(
+    model: APViT,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    epochs: int = 10,
+    lr: float = 2e-3,
+    loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
+    most_images: int = 20_000,
+) -> float:
+    """Fit what tells the classes from the tokens of a glance, before the model is trained as a whole.
+
+    The ViT stays as it is, so every image goes through its first blocks once, and its tokens are kept: that takes as
+    long as half a pass of the images without gradients, and their memory (64 tokens of a ViT-S 49 kB an image, on the
+    CPU). The first updates of the training then look where there is something to see.
+
+    Args:
+        model: with ``localizer='glance'`` and pretrained weights; trained in place, where it is.
+        batches: images ``(B, C, H, W)`` of one size, and what the loss takes beside the glance's answers
+            ``(B, classes)``, such as labels ``(B,)``.
+        epochs: over the glances.
+        lr: the highest learning rate; it rises and falls once.
+        loss: of a batch.
+        most_images: further ones are left out.
+
+    Returns:
+        The mean loss of the last epoch.
+
+    Raises:
+        ValueError: a model without a glance, epochs below 1, or no images.
+    """
+    localizer = glance_of(model)
+    if epochs < 1:
+        raise ValueError(f'expected epochs >= 1, got {epochs!r}')
+    tokens, targets = _seen(model, localizer, batches, most_images)
+    parts = (localizer.norm, localizer.evidence, localizer.score, localizer.classes)
+    parameters = [parameter for part in parts for parameter in part.parameters() if parameter.requires_grad]
+    device = next(model.parameters()).device
+    steps = epochs * -(-len(tokens) // BATCH_SIZE)
+    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps)
+    losses: list[Tensor] = []
+    # Autocast keeps the first rounding of the weights for as long as it lasts, and would not see them learn.
+    with torch.enable_grad(), in_float32(device):
+        for _ in range(epochs):
+            losses = []
+            for chosen in torch.split(torch.randperm(len(tokens)), BATCH_SIZE):
+                batch = tokens[chosen].to(device).float()
+                evidence = localizer.evidence_of(F.dropout(localizer.norm(batch), DROPOUT))
+                value = loss(answer_of(evidence), targets[chosen].to(device))
+                optimizer.zero_grad()
+                value.backward()  # type: ignore[no-untyped-call]
+                optimizer.step()
+                schedule.step()
+                losses.append(value.detach())
+    optimizer.zero_grad()
+    return float(torch.stack(losses).mean())
+
+
+@torch.no_grad()
+def collapsed(model: APViT, images: Tensor) -> str | None:
+    """What is wrong with the windows of images ``(B, C, H, W)``, in a sentence; None: they differ, or there are few.
+
+    A glance that found nothing sees all images whole; one that learnt a habit looks at the same place in all of them.
+
+    Raises:
+        ValueError: a model without a glance.
+    """
+    glance_of(model)
+    training = model.training
+    try:
+        window = model.eval().patch_geometry(images).window
+    finally:
+        model.train(training)
+    if window is None or len(window) < 8:
+        return None
+    if (window[:, 2] == 1).all():
+        return 'The glance finds nothing yet: all images are seen whole.'
+    if window.std(dim=0).max() < 0.01:
+        return f'The glance looks at the same place in all images: {[round(v, 2) for v in window[0].tolist()]}.'
+    return None
+
+
+def glance_of(model: APViT) -> GlanceLocalizer:
+    """The localiser of a model that glances; ValueError if it does not."""
+    check_apvit(model)
+    localizer = model.patch_embed.patching.localizer
+    if not isinstance(localizer, GlanceLocalizer):
+        raise ValueError(f"expected a model with localizer='glance', got one with a {type(localizer).__name__}")
+    return localizer
+
+
+@torch.no_grad()
+def _seen(
+    model: APViT, localizer: GlanceLocalizer, batches: Iterable[tuple[Tensor, Tensor]], most: int
+) -> tuple[Tensor, Tensor]:
+    """Tokens ``(n, T, D)`` of the glances at some images, in half the memory, and what is to be learnt."""
+    training, device = model.training, next(model.parameters()).device
+    tokens, targets = [], []
+    model.eval()
+    try:
+        for images, wanted in batches:
+            pyramid = mip_pyramid(images.to(device).float(), localizer.level((images.shape[2], images.shape[3])) + 1)
+            tokens.append(localizer.tokens(pyramid)[0].to('cpu', torch.bfloat16))
+            targets.append(wanted)
+            if sum(map(len, tokens)) >= most:
+                break
+    finally:
+        model.train(training)
+    if not tokens:
+        raise ValueError('expected batches of images, got none')
+    return torch.cat(tokens), torch.cat(targets)

@@ -1,0 +1,184 @@
+"""Where to look, by a glance of the ViT itself: ``localizer='glance'``.
+
+The ViT's own first blocks read a coarse grid of the whole image, and every token of it gives evidence for each class.
+All tokens together are the glance's answer, which is added to that of the ViT, so that any loss on the output teaches
+it; and where the evidence comes from is where the patches go.
+"""
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from timm_apvit.patching.anchors import Anchors, Layout, rows_of
+from timm_apvit.patching.coords import check_counts, check_number, in_float32
+from timm_apvit.patching.deterministic import grid_sample
+from timm_apvit.patching.layers import LayerNorm, Linear, ScaleKeeping, ZeroLinear
+from timm_apvit.patching.localizers import Localizer, Look, register_localizer
+from timm_apvit.patching.windows import best_window
+
+
+class Held:
+    """A module at hand that is no part of what holds it; copied with it only if both are copied together."""
+
+    def __init__(self, module: Any) -> None:
+        self.module = module
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> 'Held':
+        return Held(memo.get(id(self.module), self.module))
+
+
+class GlanceLocalizer(ScaleKeeping, Localizer):
+    """Evidence for the classes in a coarse grid of tokens, after the ViT's first blocks, and a window about it.
+
+    For class c there is evidence ``e(t, c) + s(t)`` in token t, and in all of them its log-mean-exp over t
+    (multiple-instance learning; Pinheiro and Collobert 2015, https://arxiv.org/abs/1411.6228). So what is where is one
+    softmax over places and classes, as in detection, and labels alone teach it: its sum over places is the glance's
+    answer, that over classes the saliency of a place. The last layers are zero: no evidence, and the whole image.
+
+    The ViT's first blocks are shared, and learn from both of their tasks.
+
+    Args:
+        fields: as for `Localizer`.
+        in_chans: image channels C.
+        blocks: how many of the ViT's blocks read the glance; default: half of them.
+        grid: rows and columns of the glance at a square image; others have about as many cells.
+        width: of the hidden layers.
+        max_focus: largest factor by which a window closes in.
+        answer_drop: share of the images in train mode to which the glance's answer is not added, so that the ViT
+            learns to answer by itself.
+        device: of the parameters.
+        dtype: of the parameters.
+
+    Raises:
+        ValueError: a count below 1, more blocks than the ViT has, or a ViT that drops patches in train mode.
+    """
+
+    under_autocast = True
+    answers = True
+
+    def __init__(
+        self,
+        fields: dict[str, int],
+        in_chans: int = 3,
+        blocks: int | None = None,
+        grid: int = 8,
+        width: int = 256,
+        max_focus: float = 8.0,
+        answer_drop: float = 0.5,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__()
+        for name, value in (('blocks', blocks), ('grid', grid), ('width', width)):
+            if value is not None and not isinstance(check_counts(name, '', value), int):
+                raise ValueError(f'expected {name} to be an integer >= 1, got {value!r}')
+        self.num_fields, self.factory = dict(fields), {'device': device, 'dtype': dtype}
+        self.blocks, self.grid, self.width = blocks or 0, grid, width
+        self.max_focus = check_number('max_focus', max_focus, 1)
+        self.answer_drop = check_number('answer_drop', answer_drop, 0, 1)
+        self.held = Held(None)
+
+    def attach(self, vit: Any) -> None:
+        """Make the layers that read the tokens of a ViT."""
+        self.held = Held(vit)
+        self.blocks = self.blocks or max(1, len(vit.blocks) // 2)
+        if self.blocks > len(vit.blocks):
+            raise ValueError(f'expected blocks of the glance to be at most {len(vit.blocks)}, got {self.blocks}')
+        if not isinstance(vit.patch_drop or nn.Identity(), nn.Identity):
+            raise ValueError("expected patch_drop_rate=0 with localizer='glance', whose tokens have their places")
+        width, factory = self.width, self.factory
+        self.norm = LayerNorm(vit.embed_dim, **factory)
+        self.evidence = nn.Sequential(Linear(vit.embed_dim, width, **factory), nn.GELU())
+        self.score = ZeroLinear(width, 1, bias=False, **factory)
+        self.place = nn.Sequential(Linear(vit.embed_dim, width, **factory), nn.GELU())
+        self.from_anchor = Linear(4, width, bias=False, **factory)
+        self.fields = nn.ModuleDict({name: ZeroLinear(width, n, **factory) for name, n in self.num_fields.items()})
+        self.reset_classifier(vit.num_classes)
+        self.init_weights()
+
+    def reset_classifier(self, num_classes: int) -> None:
+        """Give evidence for so many classes, or if there are none for the pooled features; at first there is none."""
+        parameter = next(self.norm.parameters())
+        classes = ZeroLinear(self.width, num_classes or self.vit.num_features)
+        self.classes = classes.to(parameter.device, parameter.dtype)
+
+    @property
+    def vit(self) -> Any:
+        """The ViT whose localiser this is.
+
+        Raises:
+            ValueError: it is none's.
+        """
+        if self.held.module is None:
+            raise ValueError("expected localizer='glance' in a ViT of timm, whose blocks it reads, got none")
+        return self.held.module
+
+    def level(self, image_size: tuple[int, int]) -> int:
+        """See `Localizer`."""
+        levels: int = self.vit.patch_embed.patching.num_levels(image_size, self.layout(image_size))
+        return levels - 1
+
+    def layout(self, image_size: tuple[int, int]) -> Layout:
+        """Cells about square of an image ``(H, W)``."""
+        root = math.sqrt(image_size[0] / image_size[1])
+        return Layout(rows_of((max(1, round(self.grid * root)), max(1, round(self.grid / root))), (1, 1)))
+
+    def look(self, pyramid: list[Tensor]) -> Look:
+        """See `Localizer`; its memory is features of the places, ``(B, D, h, w)``."""
+        tokens, grid = self.tokens(pyramid)
+        with in_float32(tokens.device):
+            tokens = self.norm(tokens.float())
+            evidence = self.evidence_of(tokens)  # (B, h * w, classes)
+            answer = answer_of(evidence)
+            if self.training and self.answer_drop > 0:
+                answer = answer * (torch.rand(answer.shape[0], 1, device=answer.device) >= self.answer_drop)
+            saliency = torch.logsumexp(evidence, dim=2).reshape(-1, *grid)
+            # What moves a patch is no lesson for the ViT, and what a window misses none for the saliency.
+            places = self.place(tokens.detach()).reshape(-1, *grid, self.width)
+            return Look(places.movedim(-1, 1), best_window(saliency, self.max_focus), saliency, answer)
+
+    def tokens(self, pyramid: list[Tensor]) -> tuple[Tensor, tuple[int, int]]:
+        """Tokens of a coarse grid over the whole image, after the first blocks, ``(B, h * w, D)``; and h, w."""
+        layout = self.layout((pyramid[0].shape[2], pyramid[0].shape[3]))
+        patches = self.vit.patch_embed.unmoved(pyramid, layout)
+        [tokens] = self.vit.forward_intermediates(
+            patches, [self.blocks - 1], stop_early=True, output_fmt='NLC', intermediates_only=True
+        )
+        return tokens, layout.grids[0].grid
+
+    def evidence_of(self, tokens: Tensor) -> Tensor:
+        """Evidence of normalised tokens ``(B, T, D)`` for each class, ``(B, T, classes)``."""
+        hidden = self.evidence(tokens)
+        evidence: Tensor = self.classes(hidden) + self.score(hidden)
+        return evidence
+
+    def forward(self, look: Look, anchors: Anchors) -> dict[str, Tensor]:
+        """See `Localizer`."""
+        grid = anchors.centres.expand(look.memory.shape[0], -1, -1).unsqueeze(1)
+        there = grid_sample(look.memory, grid).squeeze(2).transpose(1, 2)  # (B, N, D)
+        place = torch.cat([anchors.centres, torch.log(anchors.extents)], dim=-1)
+        hidden = F.gelu(there + self.from_anchor(place))
+        return {name: layer(hidden) for name, layer in self.fields.items()}
+
+    def fit(self, state_dict: dict[str, Any], prefix: str) -> None:
+        """Also give no evidence, as timm gives a new head, where a checkpoint is of another number of classes."""
+        super().fit(state_dict, prefix)
+        for name, own in self.classes.state_dict(prefix=f'{prefix}classes.').items():
+            if name in state_dict and state_dict[name].shape != own.shape and not own.is_meta:
+                state_dict[name] = own
+
+
+def glances(model: Any) -> bool:
+    """Whether the localiser of an APViT is a glance."""
+    return isinstance(model.patch_embed.patching.localizer, GlanceLocalizer)
+
+
+def answer_of(evidence: Tensor) -> Tensor:
+    """Evidence in all places ``(B, T, classes)`` together, its log-mean-exp: ``(B, classes)``."""
+    return torch.logsumexp(evidence, dim=1) - math.log(evidence.shape[1])
+
+
+register_localizer('glance', GlanceLocalizer)
