@@ -39,7 +39,7 @@ from timm_apvit.finetuning.parsing import format_budget, number
 from timm_apvit.finetuning.schedule import Schedule
 from timm_apvit.finetuning.training import Row, train
 from timm_apvit.learning.glance import fit_glance
-from timm_apvit.models.glance import GlanceLocalizer
+from timm_apvit.models.glance import glances
 
 RESULTS = Path(__file__).parent / 'results'
 # How often a run is tested: after each twelfth of the images, or after each thousand of those of photographs.
@@ -73,7 +73,8 @@ def main() -> None:
     add('--report', action='store_true', help='report only')
     add('--speed', action='store_true', help='measure the speed of what has been trained, and train nothing')
     options = parser.parse_args()
-    if (options.task == 'pretrained' or options.task in SCENES) != (options.weights is not None or options.report):
+    from_weights = options.task == 'pretrained' or options.task in SCENES
+    if not options.report and from_weights != (options.weights is not None):
         parser.error('expected --weights with the tasks that start from them, and with no other')
     options.images = options.images or (8_000 if options.task in SCENES else 120_000)
     if options.elastic and options.contestants != ['adaptive']:
@@ -125,6 +126,9 @@ def run(options: argparse.Namespace, contestant: str, budgets: tuple[int, ...], 
         if isinstance(model, APViT):
             model.set_num_patches(square(budget))
         curve = [row[f'test_top1_{format_budget(square(budget))}' if len(budgets) > 1 else 'test_top1'] for row in rows]
+        found: dict[str, Any] = {}
+        if isinstance(splits.test, Photographed):
+            found = finding(model, splits.test, schedule.amp, options.device)
         result = {
             'task': options.task, 'contestant': contestant, 'label': label, 'budget': budget, 'seed': seed,
             'top1': curve[-1], 'test_images': len(splits.test),
@@ -132,7 +136,7 @@ def run(options: argparse.Namespace, contestant: str, budgets: tuple[int, ...], 
             'curve': curve, 'fit_seconds': fit_seconds, 'seconds': [row['seconds'] for row in rows],
             'multiply_adds': multiply_adds(model, splits.test[0][0][None].to(options.device)).total(),
             **settings,
-            **(finding(model, splits.test, schedule.amp) if isinstance(splits.test, Photographed) else {}),
+            **found,
             'machine': machine(options.threads),
             'versions': versions(),
             'command': ' '.join(sys.argv), 'time': time.strftime('%Y-%m-%d'),
@@ -151,9 +155,7 @@ def load_splits(options: argparse.Namespace, contestant: str, budget: int, seed:
 
 def fit(model: nn.Module, splits: Splits, schedule: Schedule) -> float | None:
     """Give a model that glances its head start, and tell how long it took; None: it needs none."""
-    if not (isinstance(model, APViT) and isinstance(model.patch_embed.patching.localizer, GlanceLocalizer)):
-        return None
-    if schedule.layer_decay == 1:  # from scratch
+    if schedule.layer_decay == 1 or not (isinstance(model, APViT) and glances(model)):  # from scratch
         return None
     start, epochs = time.monotonic(), range(getattr(splits.train, 'scene', Scene()).period)
     batches = (create_batches(splits.train, epoch, schedule.batch_size, shuffle=True) for epoch in epochs)

@@ -15,7 +15,7 @@ BATCH = 50
 
 
 @torch.no_grad()
-def finding(model: nn.Module, test: Photographed, amp: str | None, device: str = 'cpu') -> dict[str, Any]:
+def finding(model: nn.Module, test: Photographed, amp: str | None, device: str) -> dict[str, Any]:
     """What a model finds and names in a test set.
 
     Returns:

@@ -163,7 +163,6 @@ class Photographed(Samples):
         self.things, labels, self.names = load_things(scene.categories, split)
         self.classes = np.array(labels)
         self.backgrounds = [Image.open(path).convert('RGB') for path in BACKGROUNDS[split]]
-        self.input_size = (3, scene.side, scene.side)
         self.mean, self.std = (torch.tensor(v).view(3, 1, 1) for v in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:

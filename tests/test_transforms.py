@@ -126,6 +126,7 @@ def test_gradients_at_the_ceiling_of_a_bound_are_finite(bound):
         *(('own', own(own_bounds={name: Bound(1.0)}), r'named max_\.\.\. or min_\.\.\., got') for name in UNFIT_BOUNDS),
         *(('own', own(own_bounds={'max_own': bound}), 'to be a Bound of numbers') for bound in UNFIT_RANGES),
         ('own', own(own_bounds={'max_own': Bound(2.0, high=1.0)}), r'expected the default of max_own .*\], got 2\.0'),
+        ('own', own(own_bounds={'max_focus': Bound(2.0)}), 'families have, got max_focus'),
         ('own', own(own_bounds=[Bound(1.0)]), 'to be a dict of Bound by name'),
     ],
 )  # fmt: skip

@@ -78,7 +78,6 @@ class Learner:
         self.device = torch.device(schedule.device)
         self.model = model.to(self.device)
         self.distillation = distillation
-        self.updates = schedule.epochs * updates_per_epoch
         self.budgets = schedule.num_patches or ()
         self.optimizer = create_optimizer(model, schedule)
         self.scheduler = create_scheduler(self.optimizer, schedule, updates_per_epoch)
@@ -193,12 +192,10 @@ class Learner:
         images, labels = self.mixer(images, labels, update)
         distillation = self.distillation
         with autocast(self.device, self.schedule.amp):
-            lesson = None
-            if distillation is not None:
-                wants_attention = distillation.weights.attention > 0 and isinstance(self.model, APViT)
-                lesson = distillation.teacher(images, wants_attention)
-            if distillation is None or lesson is None:
+            if distillation is None:
                 return self._label_loss((self.network or self.model)(images), labels)
+            wants_attention = distillation.weights.attention > 0 and isinstance(self.model, APViT)
+            lesson = distillation.teacher(images, wants_attention)
             answer = observed(self.model, images, self.network)
             loss = self._label_loss(answer.logits, labels)
             return distilled_loss(loss, answer, lesson, distillation.weights)

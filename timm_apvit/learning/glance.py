@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from timm_apvit.models.glance import GlanceLocalizer, answer_of
-from timm_apvit.models.mixin import APViT, check_apvit
+from timm_apvit.models.glance import GlanceLocalizer, answer_of, glances
+from timm_apvit.models.mixin import APViT, check_apvit, in_eval_mode
 from timm_apvit.patching.coords import in_float32
 from timm_apvit.patching.sampling import mip_pyramid
 
@@ -84,11 +84,8 @@ def collapsed(model: APViT, images: Tensor) -> str | None:
         ValueError: a model without a glance.
     """
     glance_of(model)
-    training = model.training
-    try:
-        window = model.eval().patch_geometry(images).window
-    finally:
-        model.train(training)
+    with in_eval_mode(model):
+        window = model.patch_geometry(images).window
     if window is None or len(window) < 8:
         return None
     if (window[:, 2] == 1).all():
@@ -101,8 +98,8 @@ def collapsed(model: APViT, images: Tensor) -> str | None:
 def glance_of(model: APViT) -> GlanceLocalizer:
     """The localiser of a model that glances; ValueError if it does not."""
     check_apvit(model)
-    localizer = model.patch_embed.patching.localizer
-    if not isinstance(localizer, GlanceLocalizer):
+    localizer: GlanceLocalizer = model.patch_embed.patching.localizer
+    if not glances(model):
         raise ValueError(f"expected a model with localizer='glance', got one with a {type(localizer).__name__}")
     return localizer
 
@@ -112,18 +109,15 @@ def _seen(
     model: APViT, localizer: GlanceLocalizer, batches: Iterable[tuple[Tensor, Tensor]], most: int
 ) -> tuple[Tensor, Tensor]:
     """Tokens ``(n, T, D)`` of the glances at some images, in half the memory, and what is to be learnt."""
-    training, device = model.training, next(model.parameters()).device
+    device = next(model.parameters()).device
     tokens, targets = [], []
-    model.eval()
-    try:
+    with in_eval_mode(model):
         for images, wanted in batches:
             pyramid = mip_pyramid(images.to(device).float(), localizer.level((images.shape[2], images.shape[3])) + 1)
             tokens.append(localizer.tokens(pyramid)[0].to('cpu', torch.bfloat16))
             targets.append(wanted)
             if sum(map(len, tokens)) >= most:
                 break
-    finally:
-        model.train(training)
     if not tokens:
         raise ValueError('expected batches of images, got none')
     return torch.cat(tokens), torch.cat(targets)

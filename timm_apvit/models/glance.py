@@ -75,7 +75,7 @@ class GlanceLocalizer(ScaleKeeping, Localizer):
         for name, value in (('blocks', blocks), ('grid', grid), ('width', width)):
             if value is not None and not isinstance(check_counts(name, '', value), int):
                 raise ValueError(f'expected {name} to be an integer >= 1, got {value!r}')
-        self.num_fields, self.factory = dict(fields), {'device': device, 'dtype': dtype}
+        self.widths, self.factory = dict(fields), {'device': device, 'dtype': dtype}
         self.blocks, self.grid, self.width = blocks or 0, grid, width
         self.max_focus = check_number('max_focus', max_focus, 1)
         self.answer_drop = check_number('answer_drop', answer_drop, 0, 1)
@@ -95,7 +95,7 @@ class GlanceLocalizer(ScaleKeeping, Localizer):
         self.score = ZeroLinear(width, 1, bias=False, **factory)
         self.place = nn.Sequential(Linear(vit.embed_dim, width, **factory), nn.GELU())
         self.from_anchor = Linear(4, width, bias=False, **factory)
-        self.fields = nn.ModuleDict({name: ZeroLinear(width, n, **factory) for name, n in self.num_fields.items()})
+        self.fields = nn.ModuleDict({name: ZeroLinear(width, n, **factory) for name, n in self.widths.items()})
         self.reset_classifier(vit.num_classes)
         self.init_weights()
 

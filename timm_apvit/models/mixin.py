@@ -1,5 +1,7 @@
 """APViT: what every Vision Transformer of timm needs so that its patch grid is learned and follows the content."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -211,6 +213,18 @@ def split_adaptive(arguments: dict[str, Any]) -> tuple[dict[str, Any], dict[str,
     left_out = known | other_bounds(transform) | {'max_focus'}
     adaptive = {name: value for name, value in arguments.items() if name in known}
     return adaptive, {name: value for name, value in arguments.items() if name not in left_out}
+
+
+@contextmanager
+def in_eval_mode(model: nn.Module) -> Iterator[None]:
+    """Let a model run in eval mode, then each of its modules in the mode that it had."""
+    modes = {module: module.training for module in model.modules()}
+    try:
+        model.eval()
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
 
 
 def check_apvit(model: Any) -> None:

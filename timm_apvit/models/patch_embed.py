@@ -159,27 +159,21 @@ class AdaptivePatchEmbed(PatchEmbed):  # type: ignore[misc]
             x = F.pad(x, [0, canvas[1] - shape[-1], 0, canvas[0] - shape[-2]])
 
         patches, geometry = self.patching(x, layout)
-        return PatchTokens(
-            self._embed(patches, geometry, layout, base_grid),
-            geometry,
-            geometry.in_window()[0],
-            layout,
-            base_grid,
-            shape,
-        )
+        return self._embed(patches, geometry, layout, base_grid, shape)
 
     def unmoved(self, pyramid: list[Tensor], layout: Layout) -> PatchTokens:
         """Embed the patches of a layout where its anchors are, from the mip levels of a batch of images."""
         patches, geometry = self.patching.unmoved(pyramid, layout)
-        base_grid = (self.grid_size[0], self.grid_size[1])
-        tokens = self._embed(patches, geometry, layout, base_grid)
-        return PatchTokens(tokens, geometry, geometry.centres, layout, base_grid, pyramid[0].shape)
+        return self._embed(patches, geometry, layout, (self.grid_size[0], self.grid_size[1]), pyramid[0].shape)
 
-    def _embed(self, patches: Tensor, geometry: PatchGeometry, layout: Layout, base_grid: tuple[int, int]) -> Tensor:
+    def _embed(
+        self, patches: Tensor, geometry: PatchGeometry, layout: Layout, base_grid: tuple[int, int], shape: Any
+    ) -> PatchTokens:
         dtype = self.proj.weight.dtype
-        tokens: Tensor = self.norm(self._project(patches.to(dtype)))
+        tokens = self.norm(self._project(patches.to(dtype)))
         features = geometry_features(geometry, layout.anchors(patches.device), base_grid)
-        return tokens + self.geometry_embed(features.to(dtype))  # type: ignore[no-any-return]
+        tokens = tokens + self.geometry_embed(features.to(dtype))
+        return PatchTokens(tokens, geometry, geometry.in_window()[0], layout, base_grid, shape)
 
     def _project(self, patches: Tensor) -> Tensor:
         """Project patches: ``(B, N, C, P_h, P_w)`` -> ``(B, N, D)``."""

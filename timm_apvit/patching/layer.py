@@ -113,26 +113,27 @@ class AdaptivePatching(nn.Module):
         layout = layout or self.layout
         image_size = (image.shape[2], image.shape[3])
         with in_float32(image.device):
-            levels = max(self.num_levels(image_size, layout), self.localizer.level(image_size) + 1)
-            pyramid = mip_pyramid(image.float(), levels)
+            num_levels = self.num_levels(image_size, layout)
+            pyramid = mip_pyramid(image.float(), max(num_levels, self.localizer.level(image_size) + 1))
             look = None if self.localizer.under_autocast else self.localizer.look(pyramid)
         look = look or self.localizer.look(pyramid)
         with in_float32(image.device):
             geometry = self._located(image, look, layout)
-            return self._sample(pyramid, geometry, layout), geometry
+            return self._sample(pyramid[:num_levels], geometry), geometry
 
     def unmoved(self, pyramid: list[Tensor], layout: Layout) -> tuple[Tensor, PatchGeometry]:
         """The patches of a layout where its anchors are, from the mip levels of a batch; as `forward` returns them."""
         image = pyramid[0]
         none = {k: image.new_zeros(image.shape[0], layout.num_patches, n) for k, n in self.transform.fields.items()}
+        image_size = (image.shape[2], image.shape[3])
         with in_float32(image.device):
-            geometry = self.transform(none, layout.anchors(image.device), (image.shape[2], image.shape[3]), None)
-            return self._sample(pyramid, geometry, layout), geometry
+            geometry = self.transform(none, layout.anchors(image.device), image_size, None)
+            return self._sample(pyramid[: self.num_levels(image_size, layout)], geometry), geometry
 
     def sample(self, image: Tensor, geometry: PatchGeometry, layout: Layout) -> Tensor:
         """Sample the patches of a geometry, at most as large as those of a layout may become."""
         num_levels = self.num_levels((image.shape[2], image.shape[3]), layout)
-        return self._sample(mip_pyramid(image.float(), num_levels), geometry, layout)
+        return self._sample(mip_pyramid(image.float(), num_levels), geometry)
 
     def num_levels(self, image_size: tuple[int, int], layout: Layout) -> int:
         """How many mip levels of an image ``(H, W)`` the patches of a layout may be read from."""
@@ -153,13 +154,12 @@ class AdaptivePatching(nn.Module):
         geometry: PatchGeometry = self.transform(parameters, anchors, (image.shape[2], image.shape[3]), noise)
         return geometry._replace(saliency=look.saliency, window=window, logits=look.logits)
 
-    def _sample(self, pyramid: list[Tensor], geometry: PatchGeometry, layout: Layout) -> Tensor:
+    def _sample(self, pyramid: list[Tensor], geometry: PatchGeometry) -> Tensor:
         image = pyramid[0]
-        image_size = (image.shape[2], image.shape[3])
         local = sample_grid(self.patch_size, image.device)
-        steps = footprint(patch_jacobians(geometry, local), image_size, self.patch_size)
-        levels = pyramid[: self.num_levels(image_size, layout)]
-        return sample_patches(levels, patch_points(geometry, local), steps)
+        jacobians = patch_jacobians(geometry, local)
+        steps = footprint(jacobians, (image.shape[2], image.shape[3]), self.patch_size)
+        return sample_patches(pyramid, patch_points(geometry, local), steps)
 
     def _exposed(self, window: Tensor) -> Tensor:
         """The windows ``(B, 3)`` inside the image, but for noise and some images seen whole in train mode."""

@@ -206,7 +206,7 @@ def _check_own_bounds(family: type[PatchTransform]) -> None:
         # So they cannot be arguments of timm's, today's or later ones, which they would take away from the model.
         if not (isinstance(name, str) and name.isidentifier() and name.startswith(('max_', 'min_'))):
             raise ValueError(f'expected own_bounds of {owner} to be named max_... or min_..., got {name!r}')
-        if name in BOUNDS:
+        if name in BOUNDS or name == 'max_focus':
             raise ValueError(f'expected own_bounds of {owner} that not all families have, got {name}')
         if not isinstance(bound, Bound) or not all(isinstance(value, numbers.Real) for value in bound):
             raise ValueError(f'expected {name} of {owner} to be a Bound of numbers, got {bound!r}')

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from timm_apvit.models.attention import attends, calls_of, patch_attention
-from timm_apvit.models.mixin import APViT, check_apvit
+from timm_apvit.models.mixin import APViT, check_apvit, in_eval_mode
 from timm_apvit.patching.anchors import Layout, NumPatches, Rows
 from timm_apvit.pictures.images import image_config
 
@@ -137,17 +137,14 @@ def finest(layout: Layout) -> tuple[Rows, int]:
 @contextmanager
 def _at_rest(model: APViT, num_patches: NumPatches | None) -> Iterator[None]:
     """Let a model run in eval mode with a number of patches, then be as it was."""
-    modes = {module: module.training for module in model.modules()}
     requested = model.patch_embed.requested
     try:
-        model.eval()
         if num_patches is not None:
             model.patch_embed.set_num_patches(num_patches)  # of which the model takes no note
-        yield
+        with in_eval_mode(model):
+            yield
     finally:
         model.patch_embed.set_num_patches(requested)
-        for module, training in modes.items():
-            module.training = training
 
 
 def _in_pixels(points: Tensor, size: Tensor) -> Tensor:
