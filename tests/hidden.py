@@ -29,7 +29,7 @@ def hidden_patterns(number: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]
 def small_model(localizer: Any = None, **kwargs: Any) -> nn.Module:
     """A model from scratch, of four patches, that is to find them by a glance."""
     torch.manual_seed(0)
-    glance = {'name': 'glance', 'blocks': 1}
+    glance = {'name': 'glance', 'blocks': 1, 'grid': 8}
     arguments = {'img_size': SIDE, 'num_patches': 4, 'num_classes': CLASSES, 'localizer': localizer or glance, **kwargs}
     return timm.create_model('test_apvit', **arguments).train()
 

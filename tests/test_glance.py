@@ -2,7 +2,6 @@
 
 import copy
 
-import numpy as np
 import pytest
 import timm
 import timm.optim
@@ -15,7 +14,6 @@ from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy,
 import timm_apvit
 from timm_apvit import AdaptivePatching, fit_glance
 from timm_apvit.learning.glance import collapsed
-from timm_apvit.patching.windows import EXTENTS, GAIN, SHARPNESS, best_window
 
 FAMILIES = (
     'test_apvit',
@@ -106,9 +104,10 @@ def test_fitted_first_it_finds_before_the_vit_learns():
     model = small_model()
     # Blocks that see something, as pretrained ones do.
     update(model, cross_entropy, 40)
-    model.reset_classifier(CLASSES)
     with torch.no_grad():
-        model.patch_embed.patching.localizer.score.weight.zero_()
+        for layer in (model.patch_embed.patching.localizer.score, *model.patch_embed.patching.localizer.classes):
+            layer.weight.zero_()
+    model.reset_classifier(CLASSES)
     model.zero_grad()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     images, labels, _ = hidden_patterns(256)
@@ -133,46 +132,12 @@ def test_its_answer_is_added_to_the_vits_and_dropped_for_some_images_in_training
     assert 0.2 < dropped < 0.8
 
 
-def test_best_window_is_the_best_of_all_windows():
-    saliency = 3 * torch.randn(30, 7, 9)
-    found = best_window(saliency, 8.0)
-    share = (SHARPNESS * saliency).flatten(1).softmax(dim=1).reshape(30, 7, 9).numpy()
-    x, y = ((2 * np.arange(n) + 1) / n - 1 for n in (9, 7))
-    for map_, window in zip(share, found.numpy(), strict=True):
-        best, expected = 1.0 + 1e-4, np.array([0.0, 0.0, 1.0])
-        for size in EXTENTS:
-            rows, columns = round(size * 7), round(size * 9)
-            extent = max(rows / 7, columns / 9)
-            for row in range(7 - rows + 1):
-                for column in range(9 - columns + 1):
-                    worth = map_[row : row + rows, column : column + columns].sum() / extent**GAIN
-                    if worth > best:
-                        best = worth
-                        cx, cy = (2 * column + columns) / 9 - 1, (2 * row + rows) / 7 - 1
-                        held = map_ * (np.abs(y - cy) <= extent)[:, None] * (np.abs(x - cx) <= extent)
-                        mean = [(held.sum(0) * x).sum(), (held.sum(1) * y).sum()] / held.sum()
-                        expected = np.array([*mean.clip(extent - 1, 1 - extent), extent])
-        np.testing.assert_allclose(window, expected, atol=1e-4)
-
-
-@pytest.mark.parametrize('size', [(1, 1), (2, 2), (8, 8), (5, 11)])
-def test_a_flat_map_is_the_whole_image(size):
-    assert torch.equal(best_window(torch.full((2, *size), 3.0), 8.0), torch.tensor([[0.0, 0.0, 1.0]] * 2))
-
-
-def test_convention_of_windows_is_x_then_y():
-    saliency = torch.zeros(1, 8, 8)
-    saliency[0, 1, 6] = 20.0
-    x, y, extent = best_window(saliency, 8.0)[0].tolist()
-    assert (x > 0.3, y < -0.3, extent < 0.5) == (True, True, True)
-
-
 def test_a_copy_glances_with_the_copied_vit_and_a_part_of_it_with_the_same():
     model = create(localizer='glance')
     twin = copy.deepcopy(model)
     assert twin.patch_embed.patching.localizer.vit is twin
     assert copy.deepcopy(model.patch_embed.patching).localizer.vit is model
-    assert not any('vit' in name for name, _ in model.named_modules())
+    assert model not in list(model.patch_embed.patching.localizer.modules())
 
 
 def test_another_number_of_classes_keeps_where_it_looks(tmp_path):
@@ -183,12 +148,19 @@ def test_another_number_of_classes_keeps_where_it_looks(tmp_path):
     image = hidden_patterns(4)[0]
     with torch.no_grad():
         assert torch.equal(again.eval()(image), model.eval()(image))
-    other = timm.create_model(f'local-dir:{tmp_path}', pretrained=True, num_classes=7)
-    localizer = other.patch_embed.patching.localizer
-    assert (localizer.classes.weight == 0).all()
-    assert torch.equal(localizer.score.weight, model.patch_embed.patching.localizer.score.weight)
-    model.reset_classifier(3)
-    assert model(image).shape == (4, 3)
+    window = model.patch_geometry(image).window
+    for number in (7, 0):
+        other = timm.create_model(f'local-dir:{tmp_path}', pretrained=True, num_classes=number).eval()
+        torch.testing.assert_close(other.patch_geometry(image).window, window)
+        assert other.patch_geometry(image).logits.abs().max() < 1e-5
+        timm_apvit.save_pretrained(other, tmp_path / 'other')
+        again = timm.create_model(f'local-dir:{tmp_path / "other"}', pretrained=True, num_classes=4)
+        torch.testing.assert_close(again.eval().patch_geometry(image).window, window)
+    for number in (3, 0, CLASSES):
+        model.reset_classifier(number)
+        torch.testing.assert_close(model.patch_geometry(image).window, window)
+    assert model(image).shape == (4, CLASSES)
+    model.load_state_dict(copy.deepcopy(model.state_dict()))
 
 
 @pytest.mark.parametrize('size', [(3, 5), (1, 1), (64, 200)])
@@ -215,6 +187,7 @@ def test_collapse_is_told():
         ({'localizer': {'name': 'glance', 'grid': 0}}, 'expected grid to be an integer >= 1'),
         ({'localizer': {'name': 'glance', 'max_focus': 0.5}}, 'expected max_focus to be a finite number'),
         ({'localizer': {'name': 'glance', 'answer_drop': 2}}, 'expected answer_drop to be a finite number'),
+        ({'localizer': {'name': 'glance', 'classes': [3, -1]}}, 'expected classes to be numbers of classes >= 0'),
         ({'localizer': 'glance', 'patch_drop_rate': 0.5}, 'expected patch_drop_rate=0'),
         ({'max_focus': 5.0}, "expected localizer='glance' in the place of max_focus"),
     ],
@@ -225,7 +198,7 @@ def test_rejects_what_no_glance_can_be(arguments, message):
 
 
 def test_max_focus_of_a_model_that_had_none_is_left_out():
-    assert timm.create_model('test_apvit', max_focus=1.0).num_patches == 100
+    assert 'max_focus' not in timm.create_model('test_apvit', max_focus=1.0).adaptive_args()
 
 
 def test_rejects_a_glance_without_a_vit():
@@ -238,9 +211,37 @@ def test_rejects_a_glance_without_a_vit():
     [
         ({}, [(torch.rand(2, 3, 32, 32), torch.zeros(2).long())], 1, 'a model with localizer=.glance., got one with a'),
         ({'localizer': 'glance'}, [], 1, 'expected batches of images, got none'),
-        ({'localizer': 'glance'}, [], 0, 'expected epochs >= 1, got 0'),
+        ({'localizer': 'glance'}, [], 0, 'expected epochs to be an integer >= 1, got 0'),
     ],
 )
 def test_rejects_to_fit_what_cannot_be(arguments, batches, epochs, message):
     with pytest.raises(ValueError, match=message):
         fit_glance(create(**arguments), batches, epochs)
+
+
+def test_tokens_that_are_not_pooled_have_its_answer_too():
+    model = randomise(create(num_classes=5, num_patches=9, localizer='glance', global_pool='token'), std=0.1)
+    images = torch.randn(3, 3, 64, 64)
+    pooled = model(images)
+    model.global_pool = ''
+    torch.testing.assert_close(model(images)[:, 0], pooled)
+
+
+def test_early_features_without_the_blocks_that_it_reads_are_refused():
+    glance = {'name': 'glance', 'blocks': 3}
+    arguments = {'features_only': True, 'img_size': 64, 'localizer': glance}
+    maps = timm.create_model('test_apvit', out_indices=(2,), **arguments)(torch.randn(1, 3, 64, 64))
+    assert maps[0].shape == (1, 64, 4, 4)
+    with pytest.raises(ValueError, match='expected features of block 2 or a later one'):
+        timm.create_model('test_apvit', out_indices=(1,), **arguments)
+
+
+@pytest.mark.filterwarnings('ignore::torch.jit.TracerWarning')
+def test_a_classifier_exchanged_by_hand_is_refused_and_dtypes_are_the_vits():
+    model = create(num_classes=5, num_patches=9, localizer='glance')
+    image = torch.randn(2, 3, 64, 64)
+    assert copy.deepcopy(model).bfloat16()(image.bfloat16()).dtype == torch.bfloat16
+    assert torch.jit.trace(model.eval(), image)(image).shape == (2, 5)
+    model.head = torch.nn.Linear(64, 1)
+    with pytest.raises(ValueError, match='expected 5 outputs of the classifier'):
+        model(image)

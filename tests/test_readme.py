@@ -67,7 +67,7 @@ def test_help_of_every_public_name_and_its_methods_says_what_it_is():
 
 
 def test_table_is_that_of_the_results():
-    table = (Path(__file__).parents[1] / 'benchmarks/results/cluttered.md').read_text()
+    table = (Path(__file__).parents[1] / 'benchmarks/results/photographs.md').read_text()
     assert table in README.read_text()
 
 

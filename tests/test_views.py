@@ -144,7 +144,7 @@ def test_dtype_attention_is_that_of_the_models_own(dtype: torch.dtype) -> None:
 
 def test_window_frames_where_the_anchors_were_put() -> None:
     model: Any = timm.create_model('test_apvit', img_size=64, num_patches=(3, 3), localizer='glance').eval()
-    torch.nn.init.normal_(model.patch_embed.patching.localizer.classes.weight, std=10.0)
+    torch.nn.init.normal_(model.patch_embed.patching.localizer.classes[-1].weight, std=10.0)
     image = torch.rand(3, 50, 90)
     view = view_patches(model, image)
     window = model.patch_geometry(normalised(model, image)).window[0]

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from conftest import create
+from hidden import assert_finds, hidden_patterns, small_model
 from timm.optim import create_optimizer_v2
 from torch.nn.functional import cross_entropy
 
@@ -47,3 +48,20 @@ def test_steps_lower_the_loss_and_the_state_comes_back(precision, tmp_path):
     accelerator.load_state(tmp_path)
     assert torch.equal(before(images), expected)
     assert isinstance(before, timm_apvit.APViT)
+
+
+@pytest.mark.parametrize('precision', ['no', 'bf16'])
+def test_a_loop_teaches_a_glance_where_to_look(precision):
+    accelerator = accelerate.Accelerator(cpu=True, mixed_precision=precision)
+    model = small_model()
+    optimizer = create_optimizer_v2(model, opt='adamw', lr=1e-3)
+    images, labels, _ = hidden_patterns(512)
+    data = torch.utils.data.TensorDataset(images, labels)
+    batches = torch.utils.data.DataLoader(data, batch_size=32, shuffle=True)
+    model, optimizer, batches = accelerator.prepare(model, optimizer, batches)
+    for _ in range(5):
+        for image, label in batches:
+            accelerator.backward(cross_entropy(model(image), label))
+            optimizer.step()
+            optimizer.zero_grad()
+    assert_finds(accelerator.unwrap_model(model, keep_fp32_wrapper=False))

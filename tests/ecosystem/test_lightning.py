@@ -4,6 +4,7 @@ import pytest
 import timm
 import torch
 from conftest import create
+from hidden import assert_finds, hidden_patterns, small_model
 from timm.optim import create_optimizer_v2
 from torch.nn.functional import cross_entropy
 
@@ -22,9 +23,9 @@ pytestmark = [
 class Classifier(lightning.LightningModule):
     """As the README has it."""
 
-    def __init__(self):
+    def __init__(self, model=None):
         super().__init__()
-        self.model = create(img_size=32, num_classes=3, num_patches=(1, 3))
+        self.model = model or create(img_size=32, num_classes=3, num_patches=(1, 3))
 
     def training_step(self, batch, index):
         images, labels = batch
@@ -43,10 +44,10 @@ def loader():
     return torch.utils.data.DataLoader(data, batch_size=4)
 
 
-def fit(folder, classifier, epochs, checkpoint=None):
+def fit(folder, classifier, epochs, checkpoint=None, batches=None):
     quiet = {'enable_progress_bar': False, 'enable_model_summary': False, 'logger': False}
     trainer = lightning.Trainer(max_epochs=epochs, accelerator='cpu', default_root_dir=folder, **quiet)
-    trainer.fit(classifier, loader(), ckpt_path=checkpoint)
+    trainer.fit(classifier, batches or loader(), ckpt_path=checkpoint)
     return trainer
 
 
@@ -68,3 +69,11 @@ def test_trainer_fits_and_its_checkpoint_goes_on_to_the_same_model(tmp_path):
     timm_apvit.save_pretrained(classifier.model, tmp_path / 'ours')
     again = timm.create_model(f'local-dir:{tmp_path / "ours"}', pretrained=True).eval()
     assert torch.equal(again(images), classifier.model(images))
+
+
+def test_trainer_teaches_a_glance_where_to_look(tmp_path):
+    images, labels, _ = hidden_patterns(512)
+    data = torch.utils.data.TensorDataset(images, labels)
+    classifier = Classifier(small_model())
+    fit(tmp_path, classifier, 5, batches=torch.utils.data.DataLoader(data, batch_size=32, shuffle=True))
+    assert_finds(classifier.model)

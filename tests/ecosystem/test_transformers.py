@@ -10,6 +10,7 @@ import pytest
 import timm
 import torch
 from conftest import assert_equal_up_to_rounding, create, images, randomise, relative
+from hidden import assert_finds, hidden_patterns, small_model
 from hub_server import client_environment, serve
 from PIL import Image
 from torch import nn
@@ -129,6 +130,30 @@ def test_trainer_fine_tunes_and_its_checkpoint_comes_back(saved, tmp_path):
     assert_equal_up_to_rounding(classifier(checkpoint)(x).logits, model.eval()(x).logits)
     timm_apvit.save_pretrained(model.timm_model, tmp_path / 'ours', label_names=list(model.config.id2label.values()))
     assert_equal_up_to_rounding(classifier(tmp_path / 'ours')(x).logits, model(x).logits)
+
+
+def test_trainer_teaches_a_glance_where_to_look(tmp_path):
+    pytest.importorskip('accelerate', reason="transformers' Trainer needs accelerate")
+    timm_apvit.save_pretrained(small_model(), tmp_path / 'untrained', label_names=list('abcdef'))
+    model = classifier(tmp_path / 'untrained')
+    arguments = transformers.TrainingArguments(
+        output_dir=str(tmp_path), num_train_epochs=5, per_device_train_batch_size=32, learning_rate=1e-3,
+        lr_scheduler_type='constant', report_to=[], disable_tqdm=True, use_cpu=True, save_strategy='no',
+    )  # fmt: skip
+    data = [{'pixel_values': image, 'labels': label} for image, label, _ in zip(*hidden_patterns(512), strict=True)]
+    transformers.Trainer(model=model, args=arguments, train_dataset=data).train()
+    assert_finds(model.timm_model)
+
+    timm_apvit.save_pretrained(model.timm_model, tmp_path / 'ours')
+    x = hidden_patterns(4, seed=2)[0]
+    window = model.timm_model.patch_geometry(x).window
+    for loaded in (
+        transformers.AutoModel.from_pretrained(tmp_path / 'ours').eval(),
+        classifier(tmp_path / 'ours', num_labels=4, ignore_mismatched_sizes=True),
+    ):
+        geometry = loaded.timm_model.patch_geometry(x)
+        torch.testing.assert_close(geometry.window, window)
+        assert geometry.logits.abs().max() < 1e-5
 
 
 def test_other_classes_keep_the_rest_of_the_weights(saved):

@@ -114,6 +114,9 @@ def test_vit_checkpoint_to_tuned_model_and_back(tmp_path: Path) -> None:
         'output': str(tmp_path / 'run'),
     }
     run = prepare(arguments)
+    assert 'a glance of the first 6 blocks finds, fitted first for 10 epochs' in run.notes[-1]
+    again = prepare({**arguments, 'localizer': 'cnn', 'output': str(tmp_path / 'other')})
+    assert not any('glance' in note for note in again.notes)
     start = {name: value.clone() for name, value in run.model.state_dict().items()}
     assert all(torch.equal(start[key], value) for key, value in vit.state_dict().items() if not key.startswith('head.'))
     with opened(run):
@@ -193,6 +196,8 @@ def unsound(tmp_path: Path) -> Path:
         ('--resume {}/taken', 'expected the folder of a run'),
         ('--resume {}/taken --output {}/new', 'expected --output or --resume, got both'),
         ('--colour red', '--colour'),
+        ('--max-focus 5', '--max-focus was removed: --localizer glance finds the window by itself'),
+        ('--guide-weight=1', '--guide-weight was removed'),
         ('--num-patches 4,2x2', "numbers of patches that all differ, got '4,2x2'"),
         ('--pretrained --checkpoint {}/junk.pth', 'expected --pretrained or --checkpoint, got both'),
         ('{}/one --samples 5', 'got --samples with DATA'),
@@ -201,6 +206,7 @@ def unsound(tmp_path: Path) -> Path:
         ('--jitter 0.1 --jitter-epochs 9', 'expected --jitter-epochs of at most --epochs, got 9 of 6'),
         ('--freeze-backbone-epochs 7', 'expected --freeze-backbone-epochs of at most --epochs, got 7 of 6'),
         ('--token-weight 1', 'expected --teacher with --token-weight, got none'),
+        ('--glance-epochs 5 --localizer cnn', 'expected --localizer glance with --glance-epochs, got cnn'),
         ('--mixup-prob 0.5', 'expected --mixup or --cutmix with --mixup-prob, got neither'),
         ('--ema 1', "a number above 0 and below 1, got '1'"),
         ('--smoothing 1', "a number >= 0 and below 1, got '1'"),

@@ -96,6 +96,7 @@ def test_files_take_what_the_command_line_takes(name: str, tmp_path: Path) -> No
         ({'nm_ptches': 3, 'zzz': 1}, r"got 'nm_ptches' \(did you mean num_patches.*\), 'zzz'"),
         ({'resume': 'x'}, "got 'resume'"),
         ({'config': 'x'}, "got 'config'"),
+        ({'max_focus': 5}, r'c\.yaml: --max-focus was removed: --localizer glance finds the window'),
         ({'epochs': 0}, r"c\.yaml: argument --epochs: expected an integer >= 1, got '0'"),
         ({'epochs': True}, 'argument --epochs'),
         ({'pretrained': 'yes'}, 'argument --pretrained'),

@@ -43,7 +43,13 @@ def square_patches(centres: torch.Tensor, half_extent: float) -> PatchGeometry:
     )
 
 
-@pytest.mark.parametrize('pool', [{'global_pool': 'token'}, {'global_pool': 'avg', 'class_token': False}])
+# One that reads all blocks of the ViT, before the ViT itself does.
+GLANCE = {'name': 'glance', 'grid': 3, 'blocks': 2}
+
+
+@pytest.mark.parametrize(
+    'pool', [{'global_pool': 'token'}, {'global_pool': 'avg', 'class_token': False}, {'localizer': GLANCE}]
+)
 def test_observed_is_what_timm_computes_and_leaves_nothing_behind(pool: dict[str, Any]) -> None:
     model, (images, _) = tiny_model(**pool).eval(), a_batch(2)
     before = set(vars(model.patch_embed)), len(model.patch_embed._forward_hooks), len(model.head._forward_pre_hooks)
@@ -88,8 +94,9 @@ def test_adaptive_teacher_on_its_full_grid_attends_like_the_vit() -> None:
     torch.testing.assert_close(lesson.logits, expected.logits, rtol=1e-3, atol=1e-3)
 
 
-def test_moved_patches_of_a_teacher_carry_their_attention_along() -> None:
-    lesson = a_teacher(tiny_model(num_patches=3))(a_batch(2)[0], attention=True)
+@pytest.mark.parametrize('localizer', ['cnn', GLANCE])
+def test_moved_patches_of_a_teacher_carry_their_attention_along(localizer: Any) -> None:
+    lesson = a_teacher(tiny_model(num_patches=3, localizer=localizer))(a_batch(2)[0], attention=True)
     assert lesson.attention is not None
     assert lesson.attention.shape == (2, 4)
     torch.testing.assert_close(lesson.attention.sum(dim=1), torch.ones(2))
@@ -125,8 +132,9 @@ def test_attention_draws_patches_to_where_it_is() -> None:
     assert centres[0, :, 1].max() < 0.1
 
 
-def test_loss_of_the_attention_reaches_the_localiser_alone() -> None:
-    model = tiny_model().train()
+@pytest.mark.parametrize('localizer', ['cnn', GLANCE])
+def test_loss_of_the_attention_reaches_the_localiser_alone(localizer: Any) -> None:
+    model = tiny_model(localizer=localizer).train()
     answer = observed(model, a_batch(2)[0])
     lesson = Lesson(answer.logits, answer.features, torch.tensor([[1.0, 0, 0, 0]] * 2), (2, 2))
     distilled_loss(torch.zeros(()), answer, lesson, NOTHING._replace(attention=1.0)).backward()

@@ -87,6 +87,21 @@ def test_two_processes_give_the_result_of_one(alone: Path, tmp_path: Path) -> No
     assert_same_run(directory, alone)
 
 
+@pytest.mark.slow
+def test_two_processes_fit_a_glance_as_one_does(tmp_path: Path) -> None:
+    glance = "localizer={'name': 'glance', 'blocks': 1, 'grid': 4, 'answer_drop': 0}"
+    quiet = ['--model-kwargs', glance, 'window_jitter=0', 'whole_share=0']  # noise is each process' own
+    arguments = [*TINY.split(), '--epochs', '1', '--freeze-backbone-epochs', '0', '--glance-epochs', '3', *quiet]
+    assert main(['finetune', *arguments, '--output', str(tmp_path / 'alone')]) == 0
+    launch = [sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node=2', '--standalone', '-m', 'timm_apvit']
+    command = [*launch, 'finetune', *arguments, '--output', str(tmp_path / 'together')]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=100)
+    assert result.returncode == 0, result.stderr
+    one, two = weights_of(tmp_path / 'alone'), weights_of(tmp_path / 'together')
+    assert one['patch_embed.patching.localizer.classes.0.weight'].abs().max() > 1e-3
+    torch.testing.assert_close(two, one, rtol=0, atol=1e-3)
+
+
 def test_killed_process_ends_the_run_which_then_resumes(alone: Path, tmp_path: Path) -> None:
     directory = tmp_path / 'killed'
     main_process, lost = lose_second_process(9, 'SIGKILL', '--output', str(directory))

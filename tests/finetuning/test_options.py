@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from timm_apvit.finetuning.config import config_text, resumed_options
-from timm_apvit.finetuning.options import Options, add_arguments
+from timm_apvit.finetuning.options import REMOVED_OPTIONS, Options, add_arguments
 from timm_apvit.finetuning.preparation import with_defaults
 
 
@@ -23,10 +23,12 @@ def test_embedded_defaults_give_way_to_model_kwargs():
 def test_help_of_every_option_names_its_default(capsys: pytest.CaptureFixture[str]) -> None:
     parser = argparse.ArgumentParser()
     add_arguments(parser)
-    needless = {'help', 'resume', 'output', 'model_kwargs', 'checkpoint', 'pretrained'}  # nothing unless given
+    needless = {'help', 'resume', 'output', 'model_kwargs', 'checkpoint', 'pretrained', *REMOVED_OPTIONS}  # or nothing
     silent = [a.dest for a in parser._actions if a.dest not in needless and 'default' not in (a.help or '')]
     assert silent == []
-    assert {a.dest for a in parser._actions} - {'help', 'config'} == {each.name for each in fields(Options)}
+    assert {a.dest for a in parser._actions} - {'help', 'config'} == {
+        each.name for each in fields(Options)
+    } | REMOVED_OPTIONS.keys()
     parser.print_help()  # fails on a stray %
     assert '--attention-weight' in capsys.readouterr().out
 

@@ -12,7 +12,7 @@ import yaml
 from timm_apvit import __version__
 from timm_apvit.failures import first_line
 from timm_apvit.finetuning.checkpoints import CONFIG_FILE
-from timm_apvit.finetuning.options import CHANGEABLE_OPTIONS, RUNTIME_OPTIONS, Options, add_arguments
+from timm_apvit.finetuning.options import CHANGEABLE_OPTIONS, REMOVED_OPTIONS, RUNTIME_OPTIONS, Options, add_arguments
 from timm_apvit.finetuning.parsing import flag, format_budget
 
 NAMES = tuple(field.name for field in fields(Options) if field.name != 'resume')
@@ -62,7 +62,7 @@ def read_config(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
         raise ValueError(f'expected names of options and their values in {path}, got {type(values).__name__}')
     named = {name.replace('-', '_'): value for name, value in values.items()}
-    if unknown := sorted(set(named) - set(NAMES)):
+    if unknown := sorted(set(named) - set(NAMES) - REMOVED_OPTIONS.keys()):
         raise ValueError(f'expected names of options in {path}, got {", ".join(map(_suggest, unknown))}')
     parser = _Parser(add_help=False, allow_abbrev=False)
     add_arguments(parser)

@@ -122,9 +122,10 @@ def observed(model: nn.Module, images: Tensor, network: nn.Module | None = None,
         calls_of(patch_embed) as seen,
     ):
         logits = (network or model)(images)
+    # The last call of each: a glance called them before.
     with torch.no_grad():
-        received = patch_attention(model, layer, attended[0][0]) if attention else None
-    geometry = seen[0][1].geometry if seen else None
+        received = patch_attention(model, layer, attended[-1][0]) if attention else None
+    geometry = seen[-1][1].geometry if seen else None
     return Answer(logits, classified[0][0], geometry, received)
 
 

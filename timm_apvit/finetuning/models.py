@@ -16,6 +16,7 @@ from timm_apvit.failures import first_line
 from timm_apvit.finetuning.checkpoints import BEST, CONFIG_FILE
 from timm_apvit.finetuning.options import Options
 from timm_apvit.finetuning.parsing import count
+from timm_apvit.models.checkpoint import LOCALIZER
 from timm_apvit.models.mixin import APViT
 
 HUB_NAME = re.compile(r'\w[\w.-]*/[\w.-]+')
@@ -179,6 +180,14 @@ def classes_of_checkpoint(path: str) -> int | None:
     if not any(key.startswith('blocks.') for key in shapes) and not path.endswith('.npz'):
         return None  # of a layout that timm converts
     return next((shape[0] for key, shape in shapes.items() if key.endswith(CLASSIFIER_ENDS)), 0)
+
+
+def is_of_a_vit(path: str) -> bool:
+    """Whether a checkpoint is of a model without a localiser; one that cannot be read is, as it is refused later."""
+    try:
+        return not any(LOCALIZER in key for key in _shapes(path))
+    except Exception:  # as there are formats
+        return True
 
 
 def _shapes(path: str) -> dict[str, tuple[int, ...]]:

@@ -15,6 +15,8 @@ from timm_apvit.finetuning.engine_options import add_engine_arguments
 from timm_apvit.finetuning.parsing import (
     Budget,
     ModelKwargs,
+    Removed,
+    flag,
     number,
     parse_model_kwarg,
     parse_num_patches,
@@ -44,6 +46,13 @@ RUNTIME_OPTIONS = frozenset(
 )
 # These too, but a run keeps them until --resume changes them: whether it fits into memory, what it tells and keeps.
 CHANGEABLE_OPTIONS = frozenset({'grad_accum', 'grad_checkpointing', 'compile', 'tensorboard', 'snapshots'})
+
+# Of earlier versions, and what stands in their place.
+REMOVED_OPTIONS = {
+    'max_focus': '--localizer glance finds the window by itself',
+    'guide_weight': 'with --localizer glance the labels teach where to look',
+    'whole_share': '--model-kwargs whole_share=0.1 sets it, with --localizer glance',
+}
 
 
 @dataclass(frozen=True)
@@ -128,7 +137,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         '--localizer',
         metavar='NAME',
-        help="what says where patches lie: cnn, glance, ... (default: the model's own; cnn if it says none)",
+        help='what says where patches lie: cnn, glance, ... (default: what a saved model has; with the weights of a '
+        'ViT glance, else cnn)',
     )
     add('--img-size', type=counted, metavar='PIXELS', help="side of the images (default: the model's own)")
     add(
@@ -219,6 +229,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add('--threads', type=counted, help="of computation on the CPU (default: PyTorch's own)")
     add('--device', help='cpu, cuda, cuda:1, ... (default: cuda if there is one)')
 
+    for name, instead in REMOVED_OPTIONS.items():
+        parser.add_argument(flag(name), nargs='?', action=Removed, const=instead, help=argparse.SUPPRESS)
     add_engine_arguments(parser)
     add_data_arguments(parser, training=True)
     add_augmentation_arguments(parser)

@@ -87,6 +87,14 @@ class ModelKwargs(argparse.Action):
         setattr(namespace, self.dest, {**getattr(namespace, self.dest, {}), **dict(values)})
 
 
+class Removed(argparse.Action):
+    """An option of earlier versions: refused with what stands in its place, its ``const``."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        """Refuse it."""
+        parser.error(f'{option_string} was removed: {self.const}')
+
+
 def flag(name: str) -> str:
     """An option as the command line has it."""
     return 'DATA' if name == 'data' else '--' + name.replace('_', '-')

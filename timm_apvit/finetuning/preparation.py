@@ -20,7 +20,7 @@ from timm_apvit.finetuning.data import Splits
 from timm_apvit.finetuning.distributed import is_main, local_device, own_share, processes_here
 from timm_apvit.finetuning.learner import Distillation
 from timm_apvit.finetuning.logs import check_tensorboard
-from timm_apvit.finetuning.models import create_model, start_model
+from timm_apvit.finetuning.models import create_model, is_of_a_vit, start_model
 from timm_apvit.finetuning.options import Options
 from timm_apvit.finetuning.schedule import Schedule
 from timm_apvit.finetuning.soundness import (
@@ -33,6 +33,7 @@ from timm_apvit.finetuning.sources import is_path, load_splits
 from timm_apvit.finetuning.teachers import create_distillation
 from timm_apvit.finetuning.training import STATE_KEYS
 from timm_apvit.finetuning.twin import create_twin
+from timm_apvit.models.glance import glances
 from timm_apvit.models.mixin import APViT
 from timm_apvit.pictures.images import image_config
 
@@ -110,7 +111,20 @@ def prepare(given: dict[str, Any]) -> Run:
     _check_states(states, splits)
     distillation = create_distillation(options, start, data_config)
     twin = create_twin(start.model) if options.twin else None
-    return Run(options, directory, resumed, start.model, twin, splits, data_config, schedule, distillation, start.notes)
+    notes = (*start.notes, *_on_glance(start.model, schedule))
+    return Run(options, directory, resumed, start.model, twin, splits, data_config, schedule, distillation, notes)
+
+
+def _on_glance(model: APViT, schedule: Schedule) -> tuple[str, ...]:
+    """What people should know of how a model finds where to look."""
+    if not glances(model):
+        return ()
+    localizer = model.patch_embed.patching.localizer
+    fitted = f', fitted first for {schedule.glance_epochs} epochs' if schedule.glance_epochs else ''
+    return (
+        f'the patches close in on what a glance of the first {localizer.blocks} blocks finds{fitted} '
+        '(--localizer cnn: they move one by one)',
+    )
 
 
 @contextmanager
@@ -175,12 +189,11 @@ def with_defaults(options: Options) -> Options:
     fine_tuned = _is_fine_tuned(options)
     epochs = options.epochs or (6 if embedded else 10)
     # A registered name: what was saved has a localiser of its own.
-    chooses = options.localizer is None and 'localizer' not in options.model_kwargs and ':' not in str(options.model)
-    localizer = 'glance' if options.pretrained and chooses else options.localizer
-    glances = 'glance' in str(localizer or options.model_kwargs.get('localizer'))
+    chooses = 'localizer' not in options.model_kwargs and ':' not in str(options.model)
+    of_vit = options.pretrained or (options.checkpoint is not None and is_of_a_vit(options.checkpoint))
     filled = {
-        'localizer': localizer,
-        'glance_epochs': 10 if fine_tuned and glances else 0,
+        'localizer': 'glance' if chooses and of_vit else None,
+        'glance_epochs': 10 if fine_tuned else 0,
         'twin': embedded,
         'epochs': epochs,
         'lr': 2e-4 if fine_tuned else 1e-3,

@@ -22,6 +22,8 @@ def check_options(options: Options) -> None:
     for name in ('num_patches', 'transform', 'img_size', 'jitter', 'localizer'):
         if getattr(options, name) is not None and name in options.model_kwargs:
             raise ValueError(f'expected {flag(name)} or {name} among --model-kwargs, got both')
+    if options.glance_epochs and options.localizer not in (None, 'glance'):
+        raise ValueError(f'expected --localizer glance with --glance-epochs, got {options.localizer}')
     usual = Options()
     lessons = [name for name in TEACHING if getattr(options, name) != getattr(usual, name)]
     if options.teacher is None and lessons:

@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from timm_apvit.finetuning.checkpoints import CheckpointStore
-from timm_apvit.finetuning.data import Splits, create_batches, seed_from
+from timm_apvit.finetuning.data import Splits, create_batches, seed_from, some_samples
 from timm_apvit.finetuning.distributed import gather_from_processes, is_main, own_share, rank
 from timm_apvit.finetuning.evaluation import autocast, evaluate_budgets
 from timm_apvit.finetuning.learner import Distillation, Learner, mean_losses
 from timm_apvit.finetuning.progress import Progress
 from timm_apvit.finetuning.schedule import Schedule
-from timm_apvit.learning.glance import collapsed, fit_glance
+from timm_apvit.learning.glance import collapsed, fit_glance, glance_of
 from timm_apvit.models.glance import glances
 from timm_apvit.models.mixin import APViT
 
@@ -73,10 +73,12 @@ def train(
     rows = _restore(learner, store, on_epoch)
     epochs = range(len(rows), schedule.epochs)
     glancing = model if isinstance(model, APViT) and glances(model) else None
-    if schedule.glance_epochs and not rows and glancing:
-        torch.manual_seed(seed_from(schedule.seed, 0, 2, rank()))
+    fits = schedule.glance_epochs > 0 and schedule.freeze_localizer_epochs == 0
+    if fits and not rows and glancing and not glance_of(glancing).knows_classes:
+        torch.manual_seed(seed_from(schedule.seed, 0, 2))  # all processes do the same
+        batches = create_batches(splits.train, 0, schedule.batch_size, shuffle=True, workers=schedule.workers)
         with autocast(learner.device, schedule.amp):
-            fit_glance(glancing, _batches(splits, schedule, epoch=0), schedule.glance_epochs)
+            fit_glance(glancing, batches, schedule.glance_epochs)
     images = min(schedule.batch_size, len(splits.train))
     progress = Progress(name, updates_per_epoch, images, epochs, shown=is_main())
     for epoch in epochs:
@@ -84,18 +86,16 @@ def train(
         # Dropout, stochastic depth and the like: other numbers than those that order the data, in every process.
         torch.manual_seed(seed_from(schedule.seed, epoch, 1, rank()))
         train_loss = _train_epoch(learner, _batches(splits, schedule, epoch), epoch, progress)
-        tested, last = learner.tested_model(), (epoch + 1) * updates_per_epoch - 1
-        with learner.exposed(tested, last):
-            metrics = evaluate_budgets(
-                tested,
-                splits,
-                learner.budgets,
-                max(1, schedule.batch_size // share.parts),
-                schedule.workers,
-                schedule.amp,
-            )
+        metrics = evaluate_budgets(
+            learner.tested_model(),
+            splits,
+            learner.budgets,
+            max(1, schedule.batch_size // share.parts),
+            schedule.workers,
+            schedule.amp,
+        )
         if glancing and is_main():
-            shown, _ = next(iter(create_batches(splits.test, 0, 16)))
+            shown = torch.stack([image for image, _ in some_samples(splits.test, 16)])
             if sentence := collapsed(glancing, shown.to(learner.device)):
                 _logger.warning(sentence)
                 glancing = None  # told once

@@ -1,6 +1,7 @@
 """A head start for ``localizer='glance'``: what reads the ViT's tokens is fitted before the ViT itself learns."""
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +29,7 @@ def fit_glance(
     """Fit what tells the classes from the tokens of a glance, before the model is trained as a whole.
 
     The ViT stays as it is, so every image goes through its first blocks once, and its tokens are kept: that takes as
-    long as half a pass of the images without gradients, and their memory (64 tokens of a ViT-S 49 kB an image, on the
+    long as half a pass of the images without gradients, and their memory (144 tokens of a ViT-S 110 kB an image, on the
     CPU). The first updates of the training then look where there is something to see.
 
     Args:
@@ -44,18 +45,22 @@ def fit_glance(
         The mean loss of the last epoch.
 
     Raises:
-        ValueError: a model without a glance, epochs below 1, or no images.
+        ValueError: a model without a glance, in float16 or frozen, epochs below 1, or no images.
     """
     localizer = glance_of(model)
-    if epochs < 1:
-        raise ValueError(f'expected epochs >= 1, got {epochs!r}')
+    if not isinstance(epochs, int) or epochs < 1:
+        raise ValueError(f'expected epochs to be an integer >= 1, got {epochs!r}')
+    if next(localizer.parameters()).dtype == torch.float16:
+        raise ValueError('expected parameters in float32 or bfloat16, got float16, in which fitting overflows')
     tokens, targets = _seen(model, localizer, batches, most_images)
     parts = (localizer.norm, localizer.evidence, localizer.score, localizer.classes)
     parameters = [parameter for part in parts for parameter in part.parameters() if parameter.requires_grad]
+    if not parameters:
+        raise ValueError('expected parameters of the glance that learn, got all of them frozen')
     device = next(model.parameters()).device
     steps = epochs * -(-len(tokens) // BATCH_SIZE)
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps + 1)
     losses: list[Tensor] = []
     # Autocast keeps the first rounding of the weights for as long as it lasts, and would not see them learn.
     with torch.enable_grad(), in_float32(device):
@@ -85,8 +90,8 @@ def collapsed(model: APViT, images: Tensor) -> str | None:
     """
     glance_of(model)
     with in_eval_mode(model):
-        window = model.patch_geometry(images).window
-    if window is None or len(window) < 8:
+        window: Any = model.patch_geometry(images).window
+    if len(window) < 8:
         return None
     if (window[:, 2] == 1).all():
         return 'The glance finds nothing yet: all images are seen whole.'
@@ -113,11 +118,12 @@ def _seen(
     tokens, targets = [], []
     with in_eval_mode(model):
         for images, wanted in batches:
-            pyramid = mip_pyramid(images.to(device).float(), localizer.level((images.shape[2], images.shape[3])) + 1)
+            canvas = model.patch_embed.on_canvas(images.to(device).float())
+            pyramid = mip_pyramid(canvas, localizer.level((canvas.shape[2], canvas.shape[3])) + 1)
             tokens.append(localizer.tokens(pyramid)[0].to('cpu', torch.bfloat16))
             targets.append(wanted)
             if sum(map(len, tokens)) >= most:
                 break
-    if not tokens:
+    if not sum(map(len, tokens)):
         raise ValueError('expected batches of images, got none')
-    return torch.cat(tokens), torch.cat(targets)
+    return torch.cat(tokens)[:most], torch.cat(targets)[:most]

@@ -6,6 +6,8 @@ it; and where the evidence comes from is where the patches go.
 """
 
 import math
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -33,10 +35,11 @@ class Held:
 class GlanceLocalizer(ScaleKeeping, Localizer):
     """Evidence for the classes in a coarse grid of tokens, after the ViT's first blocks, and a window about it.
 
-    For class c there is evidence ``e(t, c) + s(t)`` in token t, and in all of them its log-mean-exp over t
-    (multiple-instance learning; Pinheiro and Collobert 2015, https://arxiv.org/abs/1411.6228). So what is where is one
-    softmax over places and classes, as in detection, and labels alone teach it: its sum over places is the glance's
-    answer, that over classes the saliency of a place. The last layers are zero: no evidence, and the whole image.
+    For class c there is evidence ``e(t, c)`` in token t, which counts by a score: in all of them it is
+    ``log sum_t softmax(s)(t) exp(e(t, c))`` (multiple-instance learning; Pinheiro and Collobert 2015,
+    https://arxiv.org/abs/1411.6228). So what is where is one softmax over places and classes, as in detection, and
+    labels alone teach it: its sum over places is the glance's answer, that over classes the saliency of a place. The
+    last layers are zero: no evidence, and the whole image.
 
     The ViT's first blocks are shared, and learn from both of their tasks.
 
@@ -46,9 +49,11 @@ class GlanceLocalizer(ScaleKeeping, Localizer):
         blocks: how many of the ViT's blocks read the glance; default: half of them.
         grid: rows and columns of the glance at a square image; others have about as many cells.
         width: of the hidden layers.
-        max_focus: largest factor by which a window closes in.
+        max_focus: largest factor by which a window closes in; 1: it is the whole image.
         answer_drop: share of the images in train mode to which the glance's answer is not added, so that the ViT
             learns to answer by itself.
+        classes: numbers of classes, 0 for pooled features, that it learnt to tell, the last ones last; the others still
+            say where to look. Default: those of the ViT.
         device: of the parameters.
         dtype: of the parameters.
 
@@ -64,10 +69,11 @@ class GlanceLocalizer(ScaleKeeping, Localizer):
         fields: dict[str, int],
         in_chans: int = 3,
         blocks: int | None = None,
-        grid: int = 8,
+        grid: int = 12,
         width: int = 256,
-        max_focus: float = 8.0,
+        max_focus: float = 3.0,
         answer_drop: float = 0.5,
+        classes: Sequence[int] = (),
         device: Any = None,
         dtype: Any = None,
     ) -> None:
@@ -79,6 +85,9 @@ class GlanceLocalizer(ScaleKeeping, Localizer):
         self.blocks, self.grid, self.width = blocks or 0, grid, width
         self.max_focus = check_number('max_focus', max_focus, 1)
         self.answer_drop = check_number('answer_drop', answer_drop, 0, 1)
+        if not (isinstance(classes, Sequence) and all(type(n) is int and n >= 0 for n in classes)):
+            raise ValueError(f'expected classes to be numbers of classes >= 0, got {classes!r}')
+        self.told = list(classes)
         self.held = Held(None)
 
     def attach(self, vit: Any) -> None:
@@ -96,14 +105,52 @@ class GlanceLocalizer(ScaleKeeping, Localizer):
         self.place = nn.Sequential(Linear(vit.embed_dim, width, **factory), nn.GELU())
         self.from_anchor = Linear(4, width, bias=False, **factory)
         self.fields = nn.ModuleDict({name: ZeroLinear(width, n, **factory) for name, n in self.widths.items()})
-        self.reset_classifier(vit.num_classes)
+        if self.told[-1:] != [vit.num_classes]:
+            self.told.append(vit.num_classes)
+        self.classes = nn.ModuleList(self._classifier(n) for n in self.told)
         self.init_weights()
 
     def reset_classifier(self, num_classes: int) -> None:
-        """Give evidence for so many classes, or if there are none for the pooled features; at first there is none."""
-        parameter = next(self.norm.parameters())
-        classes = ZeroLinear(self.width, num_classes or self.vit.num_features)
-        self.classes = classes.to(parameter.device, parameter.dtype)
+        """Give evidence for so many classes, or if there are none for the pooled features; at first there is none.
+
+        It goes on looking where it looked for the classes before.
+        """
+        if not self.knows_classes:
+            self.classes, self.told = self.classes[:-1], self.told[:-1]
+        self.classes.append(self._classifier(num_classes))
+        self.told.append(num_classes)
+
+    def specification(self, given: Any) -> Any:
+        """See `Localizer`."""
+        options = {k: v for k, v in given.items() if k != 'classes'} if isinstance(given, Mapping) else {'name': given}
+        if len(self.told) > 1 or self.knows_classes:
+            return {**options, 'classes': list(self.told)}
+        return options if isinstance(given, Mapping) else given
+
+    def _classifier(self, num_classes: int) -> ZeroLinear:
+        like = self.score.weight
+        rows = num_classes or self.vit.num_features
+        made = ZeroLinear(self.width, rows, device=like.device, dtype=like.dtype)
+        return made.requires_grad_(like.requires_grad)
+
+    def _classifiers(self) -> list[ZeroLinear]:
+        return list(self.classes)  # type: ignore[arg-type]
+
+    @staticmethod
+    def _learnt(layer: Any) -> bool:
+        return not layer.weight.is_meta and bool(layer.weight.any())
+
+    def init_non_persistent_buffers(self) -> None:
+        """Make classifiers zero that a checkpoint lacks: transformers leaves them to chance, and calls this then."""
+        if loaded_by_transformers(self.score):
+            for layer in self._classifiers():
+                if not loaded_by_transformers(layer):
+                    layer.init_weights()
+
+    @property
+    def knows_classes(self) -> bool:
+        """Whether it learnt to tell the classes of the ViT."""
+        return self._learnt(self.classes[-1])
 
     @property
     def vit(self) -> Any:
@@ -123,7 +170,7 @@ class GlanceLocalizer(ScaleKeeping, Localizer):
 
     def layout(self, image_size: tuple[int, int]) -> Layout:
         """Cells about square of an image ``(H, W)``."""
-        root = math.sqrt(image_size[0] / image_size[1])
+        root = math.sqrt(int(image_size[0]) / int(image_size[1]))  # while torch traces, they are tensors
         return Layout(rows_of((max(1, round(self.grid * root)), max(1, round(self.grid / root))), (1, 1)))
 
     def look(self, pyramid: list[Tensor]) -> Look:
@@ -152,8 +199,12 @@ class GlanceLocalizer(ScaleKeeping, Localizer):
     def evidence_of(self, tokens: Tensor) -> Tensor:
         """Evidence of normalised tokens ``(B, T, D)`` for each class, ``(B, T, classes)``."""
         hidden = self.evidence(tokens)
-        evidence: Tensor = self.classes(hidden) + self.score(hidden)
-        return evidence
+        *earlier, evidence = (classes(hidden) for classes in self.classes)
+        score = self.score(hidden)
+        for each in earlier:  # so that without new evidence it looks where it looked
+            score = score + torch.logsumexp(each, dim=-1, keepdim=True)
+        told: Tensor = evidence + torch.log_softmax(score, dim=1)
+        return told
 
     def forward(self, look: Look, anchors: Anchors) -> dict[str, Tensor]:
         """See `Localizer`."""
@@ -164,11 +215,31 @@ class GlanceLocalizer(ScaleKeeping, Localizer):
         return {name: layer(hidden) for name, layer in self.fields.items()}
 
     def fit(self, state_dict: dict[str, Any], prefix: str) -> None:
-        """Also give no evidence, as timm gives a new head, where a checkpoint is of another number of classes."""
+        """Also take all classifiers of a checkpoint; after one of other classes comes a new one.
+
+        Where their number differs, what is loaded has new parameters: make an optimiser afterwards.
+        """
         super().fit(state_dict, prefix)
-        for name, own in self.classes.state_dict(prefix=f'{prefix}classes.').items():
-            if name in state_dict and state_dict[name].shape != own.shape and not own.is_meta:
-                state_dict[name] = own
+        bias = re.compile(rf'{re.escape(prefix)}classes\.(\d+)\.bias')
+        found = {int(match[1]): len(value) for key, value in state_dict.items() if (match := bias.fullmatch(key))}
+        theirs, own = [found[n] for n in sorted(found)], [len(layer.weight) for layer in self._classifiers()]
+        if not theirs or theirs == own:
+            return
+        known = theirs != own[:-1] and theirs[-1] == own[-1]
+        before, last = self._classifiers(), self._classifiers()[-1]
+        layers = [before[n] if own[n : n + 1] == [rows] else self._classifier(rows) for n, rows in enumerate(theirs)]
+        if not known:
+            layers.append(last if last not in layers else self._classifier(self.told[-1]))
+            values = layers[-1].state_dict(prefix=f'{prefix}classes.{len(theirs)}.')
+            state_dict.update({key: value for key, value in values.items() if not value.is_meta})
+        if theirs != own[:-1]:
+            self.told = [*(theirs[:-1] if known else theirs), self.told[-1]]
+            self.classes = nn.ModuleList(layers)
+
+
+def loaded_by_transformers(layer: ZeroLinear) -> bool:
+    """Whether transformers marked a layer as one that the checkpoint had."""
+    return getattr(layer.weight, '_is_hf_initialized', False)
 
 
 def glances(model: Any) -> bool:
@@ -177,8 +248,8 @@ def glances(model: Any) -> bool:
 
 
 def answer_of(evidence: Tensor) -> Tensor:
-    """Evidence in all places ``(B, T, classes)`` together, its log-mean-exp: ``(B, classes)``."""
-    return torch.logsumexp(evidence, dim=1) - math.log(evidence.shape[1])
+    """Evidence in all places ``(B, T, classes)`` together: ``(B, classes)``."""
+    return torch.logsumexp(evidence, dim=1)
 
 
 register_localizer('glance', GlanceLocalizer)

@@ -23,7 +23,7 @@ else:
     TimmViT = nn.Module  # whichever of timm's classes comes next
 
 # FX takes these as leaves: their control flow depends on shapes.
-for _name in ('layout_pos_embed', 'splat_weights', 'dense_map'):
+for _name in ('layout_pos_embed', 'splat_weights', 'dense_map', 'with_answer'):
     torch.fx.wrap(_name)
 register_notrace_module(AdaptivePatchEmbed)
 
@@ -111,20 +111,35 @@ class APViT(TimmViT):  # type: ignore[misc]
             )
         return geometry
 
-    def _forward(self, forward: Any, x: Any, **kwargs: Any) -> Any:
-        """Run timm's ``forward``; a localiser that has an answer of its own adds it to the logits, or features."""
+    def forward(self, x: Any, attn_mask: Tensor | None = None, is_causal: bool = False) -> Any:
+        """Images ``(B, C, H, W)`` -> logits, or pooled features.
+
+        A localiser that has an answer of its own adds it to them.
+        """
         if not self.patch_embed.patching.localizer.answers:
-            return forward(x, **kwargs)
+            return super().forward(x, attn_mask=attn_mask, is_causal=is_causal)
         patches = self.patch_embed(x)
-        output, answer = forward(patches, **kwargs), patches.geometry.logits
+        output = super().forward(patches, attn_mask=attn_mask, is_causal=is_causal)
+        answer = patches.geometry.logits
+        if self.global_pool == '':
+            answer = answer.unsqueeze(1)
         if isinstance(output, tuple):  # a distillation head's beside that of the labels
-            return tuple(each + answer for each in output)
-        return output + (answer.unsqueeze(1) if self.global_pool == '' and not self.num_classes else answer)
+            return tuple(with_answer(each, answer) for each in output)
+        return with_answer(output, answer)
 
     def reset_classifier(self, num_classes: int, *args: Any, **kwargs: Any) -> None:
         """As in timm; the localiser's own classifier, if it has one, starts anew as well."""
         super().reset_classifier(num_classes, *args, **kwargs)
         self.patch_embed.patching.localizer.reset_classifier(num_classes)
+
+    def prune_intermediate_layers(self, *args: Any, **kwargs: Any) -> Any:
+        """As in timm; ValueError if the localiser reads blocks that would go."""
+        result, blocks = super().prune_intermediate_layers(*args, **kwargs), len(self.blocks)
+        needed = getattr(self.patch_embed.patching.localizer, 'blocks', 0)
+        if needed > blocks:
+            raise ValueError(f'expected features of block {needed - 1} or a later one, as the localizer reads {needed} '
+                             f'blocks, got {blocks - 1} as the last of them')  # fmt: skip
+        return result
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Groups for layer decay. What a ViT does not have matches none of them, and so learns at the head's rate."""
@@ -195,6 +210,16 @@ class APViT(TimmViT):  # type: ignore[misc]
         return result[0], [as_map(tokens) for tokens in result[1]]
 
 
+def with_answer(output: Tensor, answer: Tensor) -> Tensor:
+    """Add a localiser's answer to the logits ``(..., classes)``; ValueError if they are of other classes."""
+    if output.shape[-1] != answer.shape[-1]:
+        raise ValueError(
+            f'expected {answer.shape[-1]} outputs of the classifier, for which the glance has evidence, got '
+            f'{output.shape[-1]}; change their number by reset_classifier'
+        )
+    return output + answer.to(output.dtype)
+
+
 def split_adaptive(arguments: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Adaptive arguments, and the others; bounds that only other families have are left out.
 
@@ -205,8 +230,8 @@ def split_adaptive(arguments: dict[str, Any]) -> tuple[dict[str, Any], dict[str,
     """
     if arguments.get('max_focus', 1) != 1:
         raise ValueError(
-            "expected localizer='glance' in the place of max_focus: it finds its window in any training, and "
-            f"{{'name': 'glance', 'max_focus': 5}} bounds it, got max_focus={arguments['max_focus']!r}"
+            "expected localizer='glance' in the place of max_focus: it finds its window in any training, got "
+            f'max_focus={arguments["max_focus"]!r}'
         )
     transform = arguments.get('transform', 'scale')
     known = ADAPTIVE_ARGS | TRANSFORMS.named(transform).own_bounds.keys()

@@ -148,17 +148,20 @@ class AdaptivePatchEmbed(PatchEmbed):  # type: ignore[misc]
             return grid[0] * self.patch_size[0], grid[1] * self.patch_size[1]
         return img_size
 
+    def on_canvas(self, x: Tensor) -> Tensor:
+        """Pad or crop images ``(B, C, H, W)`` to what the patches tile."""
+        height, width = self.canvas_size((x.shape[-2], x.shape[-1]))
+        if height == x.shape[-2] and width == x.shape[-1]:
+            return x
+        return F.pad(x, [0, width - x.shape[-1], 0, height - x.shape[-2]])
+
     def forward(self, x: Tensor | PatchTokens) -> PatchTokens:
         """Embed the patches of a batch of images ``(B, C, H, W)``."""
         if isinstance(x, PatchTokens):
             return x
         shape = x.shape
         base_grid, layout = self.anchor_layout((shape[-2], shape[-1]))
-        canvas = self.canvas_size((shape[-2], shape[-1]))
-        if canvas[0] != shape[-2] or canvas[1] != shape[-1]:
-            x = F.pad(x, [0, canvas[1] - shape[-1], 0, canvas[0] - shape[-2]])
-
-        patches, geometry = self.patching(x, layout)
+        patches, geometry = self.patching(self.on_canvas(x), layout)
         return self._embed(patches, geometry, layout, base_grid, shape)
 
     def unmoved(self, pyramid: list[Tensor], layout: Layout) -> PatchTokens:

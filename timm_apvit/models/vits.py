@@ -17,10 +17,6 @@ from timm_apvit.models.rope import rope_at
 class AdaptiveVisionTransformer(APViT, VisionTransformer):  # type: ignore[misc]
     """timm's ``VisionTransformer`` on adaptive patches."""
 
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Any:
-        """Images ``(B, C, H, W)`` -> logits, or pooled features."""
-        return self._forward(super().forward, x, attn_mask=attn_mask, is_causal=is_causal)
-
     def load_pretrained(self, checkpoint_path: str, prefix: str = '') -> None:
         """Load an original JAX checkpoint (.npz), which must be of this model's size.
 
@@ -34,10 +30,6 @@ class AdaptiveVisionTransformer(APViT, VisionTransformer):  # type: ignore[misc]
 class AdaptiveVisionTransformerDistilled(APViT, VisionTransformerDistilled):  # type: ignore[misc]
     """timm's ``VisionTransformerDistilled``, with a distillation token and a head for it, on adaptive patches."""
 
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Any:
-        """Images ``(B, C, H, W)`` -> logits, or pooled features."""
-        return self._forward(super().forward, x, attn_mask=attn_mask, is_causal=is_causal)
-
 
 class AdaptiveEva(APViT, Eva):  # type: ignore[misc]
     """timm's ``Eva`` (EVA, EVA-02, DINOv3, PE, RoPE-ViT) on adaptive patches.
@@ -46,10 +38,6 @@ class AdaptiveEva(APViT, Eva):  # type: ignore[misc]
         ``_pos_embed`` also turns the rotary embedding to the patches' centres, in the units of the base grid if a
         number of patches is set.
     """
-
-    def forward(self, x: Tensor) -> Any:
-        """Images ``(B, C, H, W)`` -> logits, or pooled features."""
-        return self._forward(super().forward, x)
 
     def _pos_embed(self, x: PatchTokens) -> tuple[Tensor, Tensor | None]:
         """Tokens with their position ``(B, T + N, D)``, and RoPE.

@@ -1,5 +1,6 @@
 """Adaptive patching, standing alone: image -> patches and where they were taken."""
 
+from contextlib import nullcontext
 from copy import deepcopy
 from typing import Any
 
@@ -15,9 +16,6 @@ from timm_apvit.patching.localizers import LOCALIZERS, Localizer, Look
 from timm_apvit.patching.sampling import mip_pyramid, num_mip_levels, sample_patches
 from timm_apvit.patching.transforms import TRANSFORMS
 from timm_apvit.patching.windows import shifted_window, window_inside
-
-# No window closes in by more than this, so that none is empty.
-LARGEST_FOCUS = 1000.0
 
 
 class AdaptivePatching(nn.Module):
@@ -88,7 +86,7 @@ class AdaptivePatching(nn.Module):
 
     def arguments(self) -> dict[str, Any]:
         """The arguments that say what patches may do and what places them, as config.json can hold them."""
-        own = {'transform': self.family, 'localizer': self.localizer_spec}
+        own = {'transform': self.family, 'localizer': self.localizer.specification(self.localizer_spec)}
         exposure = {name: getattr(self, name) for name in ('jitter', 'window_jitter', 'whole_share')}
         return {**own, **exposure, **self.transform.bounds}
 
@@ -115,8 +113,8 @@ class AdaptivePatching(nn.Module):
         with in_float32(image.device):
             num_levels = self.num_levels(image_size, layout)
             pyramid = mip_pyramid(image.float(), max(num_levels, self.localizer.level(image_size) + 1))
-            look = None if self.localizer.under_autocast else self.localizer.look(pyramid)
-        look = look or self.localizer.look(pyramid)
+        with nullcontext() if self.localizer.under_autocast else in_float32(image.device):
+            look = self.localizer.look(pyramid)
         with in_float32(image.device):
             geometry = self._located(image, look, layout)
             return self._sample(pyramid[:num_levels], geometry), geometry
@@ -163,9 +161,9 @@ class AdaptivePatching(nn.Module):
 
     def _exposed(self, window: Tensor) -> Tensor:
         """The windows ``(B, 3)`` inside the image, but for noise and some images seen whole in train mode."""
-        window = window_inside(window, LARGEST_FOCUS)
+        window = window_inside(window)
         if self.training and self.window_jitter > 0:
-            window = shifted_window(window, self.window_jitter * torch.randn_like(window), LARGEST_FOCUS)
+            window = shifted_window(window, self.window_jitter * torch.randn_like(window))
         if self.training and self.whole_share > 0:
             whole = torch.rand(window.shape[0], 1, device=window.device) < self.whole_share
             window = torch.where(whole, torch.tensor([0.0, 0.0, 1.0], device=window.device), window)

@@ -22,7 +22,7 @@ class Look(NamedTuple):
         memory: what it reads when it predicts, its own business.
         window: centre (x, y) and half-extent of what the anchors are to be laid over, ``(B, 3)``, inside the image;
             None: all of it. It keeps the image's aspect.
-        saliency: logits of where it looks, ``(B, h, w)`` over the image, for pictures; None: it does not say.
+        saliency: logits of where it looks, ``(B, h, w)`` over the image, to be drawn; None: it does not say.
         logits: its own answer, ``(B, classes)``, which is added to that of the ViT; None: it has none.
     """
 
@@ -35,9 +35,9 @@ class Look(NamedTuple):
 class Localizer(nn.Module, ABC):
     """Looks at a pyramid of images, then predicts at any anchors: raw parameters ``(B, N, width)`` by field name.
 
-    A localiser of your own is a subclass with the three methods below. To start as the ViT its last layers are zero
-    (`timm_apvit.patching.layers.ZeroLinear`), which is the identity, and so is a window of half-extent 1. No shape of a
-    parameter may depend on N or on the size of the image.
+    A localiser of your own is a subclass with ``level``, ``look`` and ``forward``. To start as the ViT its last layers
+    are zero (`timm_apvit.patching.layers.ZeroLinear`), which is the identity, and so is a window of half-extent 1. No
+    shape of a parameter may depend on N or on the size of the image.
 
     Args:
         fields: name -> width of what it is to predict.
@@ -59,6 +59,10 @@ class Localizer(nn.Module, ABC):
 
     def reset_classifier(self, num_classes: int) -> None:
         """The ViT has so many classes from now on; 0: none."""
+
+    def specification(self, given: Any) -> Any:
+        """What it was made by, a name or a mapping with one, so that the same makes it as it is now."""
+        return given
 
     @abstractmethod
     def level(self, image_size: tuple[int, int]) -> int:

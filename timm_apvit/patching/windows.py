@@ -18,19 +18,21 @@ SHARPNESS = 2.0
 # map, of which a window holds extent^2, is worth most whole, and what is in one place in the smallest window.
 EXTENTS = (0.75, 0.5, 0.35)
 GAIN = 0.5
+# No window closes in by more than this, so that none is empty.
+LARGEST_FOCUS = 1000.0
 
 
 def best_window(saliency: Tensor, max_focus: float) -> Tensor:
     """The window that is worth most: ``(B, h, w)`` -> ``(B, 3)``.
 
-    Those of `EXTENTS`, in whole cells, are compared at all places with the whole image, which a flat map is. The centre
-    is then the mean of what the best one holds. Nothing has a gradient here.
+    Those of `EXTENTS` that may be, in whole cells, are compared at all places with the whole image, which a flat map
+    is. The centre is then the mean of what the best one holds. Nothing has a gradient here.
 
     Args:
         saliency: logits of cells that tile the image, ``(B, h, w)``.
         max_focus: no half-extent is below ``1 / max_focus``.
     """
-    height, width = saliency.shape[1], saliency.shape[2]
+    height, width = int(saliency.shape[1]), int(saliency.shape[2])
     share = torch.softmax(SHARPNESS * saliency.detach().float().flatten(1), dim=1).reshape(-1, height, width)
     points = Rows(height * width, height).anchors(share.device).centres.reshape(height, width, 2)
     best = share.new_tensor([0.0, 0.0, 1.0]).expand(share.shape[0], 3)
@@ -38,6 +40,8 @@ def best_window(saliency: Tensor, max_focus: float) -> Tensor:
     for size in EXTENTS:
         rows, columns = (max(1, round(size * n)) for n in (height, width))
         extent = max(rows / height, columns / width)
+        if extent * max_focus < 1 - 1e-6:
+            continue
         held = F.avg_pool2d(share.unsqueeze(1), (rows, columns), 1) * (rows * columns)
         most, place = held.flatten(1).max(dim=1)
         row, column = torch.div(place, held.shape[3], rounding_mode='floor'), place % held.shape[3]
@@ -49,10 +53,10 @@ def best_window(saliency: Tensor, max_focus: float) -> Tensor:
     inside = ((points - best[:, None, None, :2]).abs() <= best[:, None, None, 2:]).all(dim=-1)
     held = (share * inside).unsqueeze(-1)
     mean = (held * points).sum(dim=(1, 2)) / held.sum(dim=(1, 2))
-    return window_inside(torch.cat([mean, best[:, 2:]], dim=1), max_focus)
+    return window_inside(torch.cat([mean, best[:, 2:]], dim=1))
 
 
-def shifted_window(window: Tensor, change: Tensor, max_focus: float) -> Tensor:
+def shifted_window(window: Tensor, change: Tensor) -> Tensor:
     """Shift windows by some of their half-extents and scale them by an exponent: two ``(B, 3)`` -> ``(B, 3)``.
 
     The whole image stays whole.
@@ -60,13 +64,13 @@ def shifted_window(window: Tensor, change: Tensor, max_focus: float) -> Tensor:
     extent = window[:, 2:]
     change = change * (extent < 1)
     centre = window[:, :2] + extent * change[:, :2]
-    return window_inside(torch.cat([centre, extent * torch.exp(change[:, 2:])], dim=1), max_focus)
+    return window_inside(torch.cat([centre, extent * torch.exp(change[:, 2:])], dim=1))
 
 
-def window_inside(window: Tensor, max_focus: float) -> Tensor:
-    """Put windows ``(B, 3)`` wholly inside the image, none smaller than ``1 / max_focus``."""
+def window_inside(window: Tensor) -> Tensor:
+    """Put windows ``(B, 3)`` wholly inside the image, none smaller than ``1 / LARGEST_FOCUS``."""
     extent = window[:, 2:]
-    least = torch.full_like(extent, 1 / max_focus)
+    least = torch.full_like(extent, 1 / LARGEST_FOCUS)
     extent = inward_clamp(extent, least, torch.ones_like(extent))
     room = (1 - extent).expand(-1, 2)
     return torch.cat([inward_clamp(window[:, :2], -room, room), extent], dim=1)

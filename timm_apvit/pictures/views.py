@@ -10,6 +10,7 @@ from torch import Tensor
 from timm_apvit.models.attention import attends, calls_of, patch_attention
 from timm_apvit.models.mixin import APViT, check_apvit, in_eval_mode
 from timm_apvit.patching.anchors import Layout, NumPatches, Rows
+from timm_apvit.patching.sampling import mip_pyramid
 from timm_apvit.pictures.images import image_config
 
 # Enough for a curved side to look smooth.
@@ -77,7 +78,7 @@ def view_patches(
                 model.patch_embed(batch)
         _, layout = model.patch_embed.anchor_layout((batch.shape[2], batch.shape[3]))
         canvas, (patches, geometry) = seen[0]
-        received = patch_attention(model, layer, attended[0][0])[0] if attention else None
+        received = patch_attention(model, layer, attended[-1][0])[0] if attention else None
         canvas = canvas.float()
         fixed = fixed_patches(model, canvas, layout)
 
@@ -101,10 +102,8 @@ def view_patches(
 def fixed_patches(model: APViT, canvas: Tensor, layout: Layout) -> Tensor:
     """Patches of the anchors that tile an image ``(1, C, H, W)``, none of them moved: ``(N, C, P_h, P_w)``."""
     patching = model.patch_embed.patching
-    image_size = (canvas.shape[2], canvas.shape[3])
-    unmoved = {name: canvas.new_zeros(1, layout.num_patches, n) for name, n in patching.transform.fields.items()}
-    geometry = patching.transform(unmoved, layout.anchors(canvas.device), image_size)
-    patches: Tensor = patching.sample(canvas, geometry, layout)[0]
+    num_levels = patching.num_levels((canvas.shape[2], canvas.shape[3]), layout)
+    patches: Tensor = patching.unmoved(mip_pyramid(canvas, num_levels), layout)[0][0]
     return patches
 
 
