@@ -26,7 +26,7 @@ from cost import multiply_adds
 from environment import counted, machine, versions
 from fashion import TASKS, load_task
 from finding import finding
-from photographs import SCENES, Photographed, Scene, load_scenes
+from photographs import SCENES, Photographed, load_scenes
 from torch import nn
 
 from timm_apvit import APViT
@@ -44,8 +44,8 @@ from timm_apvit.models.glance import glances
 RESULTS = Path(__file__).parent / 'results'
 # How often a run is tested: after each twelfth of the images, or after each thousand of those of photographs.
 EPOCHS, IMAGES_OF_SCENES = 12, 1_000
-# In which what reads the glances is fitted to them before the training.
-GLANCE_EPOCHS = 10
+# What reads the glances is fitted first, to those of so many epochs of images, which then come again; and how often.
+GLANCED, GLANCE_EPOCHS = 4, 10
 AMP = {'none': None, 'bfloat16': 'bfloat16', 'float16': 'float16'}
 
 
@@ -157,8 +157,9 @@ def fit(model: nn.Module, splits: Splits, schedule: Schedule) -> float | None:
     """Give a model that glances its head start, and tell how long it took; None: it needs none."""
     if schedule.layer_decay == 1 or not (isinstance(model, APViT) and glances(model)):  # from scratch
         return None
-    start, epochs = time.monotonic(), range(getattr(splits.train, 'scene', Scene()).period)
-    batches = (create_batches(splits.train, epoch, schedule.batch_size, shuffle=True) for epoch in epochs)
+    start = time.monotonic()
+    model.to(schedule.device)
+    batches = (create_batches(splits.train, epoch, schedule.batch_size, shuffle=True) for epoch in range(GLANCED))
     with autocast(torch.device(schedule.device), schedule.amp):
         fit_glance(model, itertools.chain.from_iterable(batches), GLANCE_EPOCHS)
     return time.monotonic() - start
@@ -232,7 +233,8 @@ def measure_speed(options: argparse.Namespace) -> None:
 
 def read_results(folder: Path, task: str) -> list[dict[str, Any]]:
     """The results of a task."""
-    return [json.loads(path.read_text()) for path in sorted(folder.glob(f'{task}-*.json'))]
+    found = [json.loads(path.read_text()) for path in sorted(folder.glob(f'{task}-*.json'))]
+    return [result for result in found if result['task'] == task]
 
 
 def report(folder: Path, task: str) -> None:
@@ -245,43 +247,50 @@ def report(folder: Path, task: str) -> None:
         groups[result['budget'], result['contestant'], result['label']].append(result)
     order = list(CONTESTANTS)
     keys = sorted(groups, key=lambda key: (key[0], order.index(key[1]), key[2]))
-    lines = ['| patches | contestant | top-1 | seeds | M multiply-adds | images/s alone | in batches of 64 |',
-             '|---|---|---|---|---|---|---|']  # fmt: skip
+    headings = ['patches', 'contestant', 'first test', 'top-1', 'seeds', 'windows that hold it', 'M multiply-adds',
+                'images/s alone', 'in batches of 64']  # fmt: skip
+    lines = [f'| {" | ".join(headings)} |', '|---' * len(headings) + '|']
     for key in keys:
         runs = groups[key]
         top1 = [result['top1'] for result in runs]
         spread = f' ± {statistics.stdev(top1):.3f}' if len(top1) > 1 else ''
+        first = statistics.mean(result['curve'][0] for result in runs)
+        held = [result['held'] for result in runs if 'held' in result]
         speed = speeds.get(f'{key[0]} {key[1]} {key[2]}', {})
         lines.append(
-            f'| {key[0]} | {" ".join(filter(None, key[1:]))} | {statistics.mean(top1):.3f}{spread} | {len(top1)} '
+            f'| {key[0]} | {" ".join(filter(None, key[1:]))} | {first:.3f} '
+            f'| {statistics.mean(top1):.3f}{spread} | {len(top1)} | {f"{statistics.mean(held):.3f}" if held else ""} '
             f'| {runs[0]["multiply_adds"] / 1e6:.1f} | {_shown(speed, "1")} | {_shown(speed, "64")} |'
         )
     text = '\n'.join(lines) + '\n'
     sys.stdout.write(text)
     write_atomically(folder / f'{task}.md', text)
     if found:
-        draw_curves({key: groups[key] for key in keys}, folder / f'{task}.png')
+        draw_curves({key: groups[key] for key in keys}, folder / f'{task}.png', together=task in SCENES)
 
 
 def _shown(speed: dict[str, float], batch: str) -> str:
     return f'{speed[batch]:.0f}' if speed else 'not measured'
 
 
-def draw_curves(groups: dict[tuple[int, str, str], list[dict[str, Any]]], path: Path) -> None:
-    """Accuracy against images seen: one panel for each number of patches, the mean over the seeds."""
+def draw_curves(groups: dict[tuple[int, str, str], list[dict[str, Any]]], path: Path, together: bool) -> None:
+    """Accuracy against images seen, the mean over the seeds: a panel for each number of patches, or one for all."""
     from matplotlib.figure import Figure
 
-    budgets = sorted({key[0] for key in groups})
-    figure = Figure(figsize=(4 * len(budgets), 3.6), layout='constrained')
+    budgets = [None] if together else sorted({key[0] for key in groups})
+    figure = Figure(figsize=(6.5 if together else 4 * len(budgets), 3.6), layout='constrained')
     panels = figure.subplots(1, len(budgets), sharey=True, squeeze=False)[0]
     for panel, budget in zip(panels, budgets, strict=True):
         for key, runs in groups.items():
-            if key[0] == budget:
+            if budget in (None, key[0]):
                 mean = [statistics.mean(values) for values in zip(*(each['curve'] for each in runs), strict=True)]
                 thousands = [seen / 1000 for seen in runs[0]['images_seen']]
-                panel.plot(thousands, mean, label=' '.join(filter(None, key[1:])))
-        panel.set(title=f'{budget} patches', xlabel='thousands of images seen')
-        panel.legend(fontsize=7)
+                label = ' '.join(filter(None, key[1:]))
+                cost = runs[0]['multiply_adds'] / 1e9
+                panel.plot(thousands, mean, label=f'{label} {key[0]}: {cost:.1f} G' if together else label)
+        panel.set(title='' if together else f'{budget} patches', xlabel='thousands of images seen')
+        beside = {'title': 'patches: multiply-adds', 'loc': 'center left', 'bbox_to_anchor': (1, 0.5)}
+        panel.legend(fontsize=7, **(beside if together else {}))
     panels[0].set_ylabel('top-1 on the test set')
     figure.savefig(path, dpi=90)
 

@@ -56,7 +56,7 @@ def train(photographs: dict[str, NDArray[np.uint8]], weights: Path, run: Path, t
                 crop(photograph, generator).save(folder / split / name / f'{n:03d}.png')
     status = timm_apvit(
         ['finetune', str(folder), '--model', 'apvit_small_patch14_dinov2', '--checkpoint', str(weights),
-         '--img-size', str(SIDE), '--model-kwargs', 'max_shift=2', '--num-patches', '8x8',
+         '--localizer', 'cnn', '--img-size', str(SIDE), '--model-kwargs', 'max_shift=2', '--num-patches', '8x8',
          '--teacher', 'self', '--distill-weight', '0', '--attention-weight', '3', '--localizer-lr-scale', '10',
          '--epochs', '6', '--batch-size', '16', '--workers', '0', '--threads', str(threads),
          '--snapshots', '--output', str(run)]

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from timm_apvit import APViT
 from timm_apvit.finetuning.evaluation import autocast
 
-# Cells of an 8 x 8 grid that a thing's box covers, at most.
-CELLS = (0.5, 1.0, 2.0, 4.0, 64.0)
+# Cells of an 8 x 8 grid that a thing's box covers, fewer than.
+CELLS = (0.5, 1.0, 2.0, 4.0, float('inf'))
 BATCH = 50
 
 
@@ -21,7 +21,8 @@ def finding(model: nn.Module, test: Photographed, amp: str | None, device: str) 
     Returns:
         ``top1_by_cells``: for each of `CELLS` the number of things that cover fewer (and more than the one before), and
         the share of them that are named. Of a model with windows also ``held``, the share whose centre lies in the
-        window, ``held_wholly``, ``extent``, the windows' mean half-extent, and ``glance_top1``, of the glance alone.
+        window, ``held_wholly``, ``held_by_cells``, ``extent``, the windows' mean half-extent, and ``glance_top1``, of
+        the glance alone.
     """
     model = model.eval().to(device)
     boxes, right, windows, glances = [], [], [], []
@@ -38,7 +39,7 @@ def finding(model: nn.Module, test: Photographed, amp: str | None, device: str) 
             windows.append(seen.geometry.window.cpu())
             glances.append(seen.geometry.logits.argmax(dim=1).cpu() == labels)
     corners = 2 * torch.cat(boxes) / test.scene.side - 1  # (n, 4): left, top, right, bottom
-    covered = 16 * (corners[:, 2] - corners[:, 0]) * (corners[:, 3] - corners[:, 1])
+    covered = 64 / 4 * (corners[:, 2] - corners[:, 0]) * (corners[:, 3] - corners[:, 1])
     found = {'top1_by_cells': _by_cells(covered, torch.cat(right))}
     if not windows:
         return found
