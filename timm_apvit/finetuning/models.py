@@ -186,7 +186,7 @@ def is_of_a_vit(path: str) -> bool:
     """Whether a checkpoint is of a model without a localiser; one that cannot be read is, as it is refused later."""
     try:
         return not any(LOCALIZER in key for key in _shapes(path))
-    except Exception:  # as there are formats
+    except Exception:  # of any kind: there are many formats
         return True
 
 

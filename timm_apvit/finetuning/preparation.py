@@ -31,8 +31,9 @@ from timm_apvit.finetuning.soundness import (
 )
 from timm_apvit.finetuning.sources import is_path, load_splits
 from timm_apvit.finetuning.teachers import create_distillation
-from timm_apvit.finetuning.training import STATE_KEYS
+from timm_apvit.finetuning.training import STATE_KEYS, fits_first
 from timm_apvit.finetuning.twin import create_twin
+from timm_apvit.learning.glance import glance_of
 from timm_apvit.models.glance import glances
 from timm_apvit.models.mixin import APViT
 from timm_apvit.pictures.images import image_config
@@ -119,10 +120,9 @@ def _on_glance(model: APViT, schedule: Schedule) -> tuple[str, ...]:
     """What people should know of how a model finds where to look."""
     if not glances(model):
         return ()
-    localizer = model.patch_embed.patching.localizer
-    fitted = f', fitted first for {schedule.glance_epochs} epochs' if schedule.glance_epochs else ''
+    fitted = f', fitted first for {schedule.glance_epochs} epochs' if fits_first(model, schedule) else ''
     return (
-        f'the patches close in on what a glance of the first {localizer.blocks} blocks finds{fitted} '
+        f'the patches close in on what a glance of the first {glance_of(model).blocks} blocks finds{fitted} '
         '(--localizer cnn: they move one by one)',
     )
 
@@ -189,10 +189,10 @@ def with_defaults(options: Options) -> Options:
     fine_tuned = _is_fine_tuned(options)
     epochs = options.epochs or (6 if embedded else 10)
     # A registered name: what was saved has a localiser of its own.
-    chooses = 'localizer' not in options.model_kwargs and ':' not in str(options.model)
-    of_vit = options.pretrained or (options.checkpoint is not None and is_of_a_vit(options.checkpoint))
+    chooses = options.localizer is None and 'localizer' not in options.model_kwargs and ':' not in str(options.model)
+    of_vit = chooses and (options.pretrained or (options.checkpoint is not None and is_of_a_vit(options.checkpoint)))
     filled = {
-        'localizer': 'glance' if chooses and of_vit else None,
+        'localizer': 'glance' if of_vit else None,
         'glance_epochs': 10 if fine_tuned else 0,
         'twin': embedded,
         'epochs': epochs,

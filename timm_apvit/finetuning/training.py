@@ -73,8 +73,7 @@ def train(
     rows = _restore(learner, store, on_epoch)
     epochs = range(len(rows), schedule.epochs)
     glancing = model if isinstance(model, APViT) and glances(model) else None
-    fits = schedule.glance_epochs > 0 and schedule.freeze_localizer_epochs == 0
-    if fits and not rows and glancing and not glance_of(glancing).knows_classes:
+    if glancing and not rows and fits_first(glancing, schedule):
         torch.manual_seed(seed_from(schedule.seed, 0, 2))  # all processes do the same
         batches = create_batches(splits.train, 0, schedule.batch_size, shuffle=True, workers=schedule.workers)
         with autocast(learner.device, schedule.amp):
@@ -115,6 +114,12 @@ def train(
             )
             on_epoch(rows)
     return rows
+
+
+def fits_first(model: APViT, schedule: Schedule) -> bool:
+    """Whether the glance of a model that has one is fitted first: it is to learn, and is new to the classes."""
+    free = schedule.freeze_localizer_epochs == 0
+    return schedule.glance_epochs > 0 and free and not glance_of(model).knows_classes
 
 
 def best_row(rows: list[Row]) -> Row:

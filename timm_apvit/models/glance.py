@@ -222,14 +222,14 @@ class GlanceLocalizer(ScaleKeeping, Localizer):
         super().fit(state_dict, prefix)
         bias = re.compile(rf'{re.escape(prefix)}classes\.(\d+)\.bias')
         found = {int(match[1]): len(value) for key, value in state_dict.items() if (match := bias.fullmatch(key))}
-        theirs, own = [found[n] for n in sorted(found)], [len(layer.weight) for layer in self._classifiers()]
+        before = self._classifiers()
+        theirs, own = [found[n] for n in sorted(found)], [len(layer.weight) for layer in before]
         if not theirs or theirs == own:
             return
         known = theirs != own[:-1] and theirs[-1] == own[-1]
-        before, last = self._classifiers(), self._classifiers()[-1]
         layers = [before[n] if own[n : n + 1] == [rows] else self._classifier(rows) for n, rows in enumerate(theirs)]
         if not known:
-            layers.append(last if last not in layers else self._classifier(self.told[-1]))
+            layers.append(before[-1] if before[-1] not in layers else self._classifier(self.told[-1]))
             values = layers[-1].state_dict(prefix=f'{prefix}classes.{len(theirs)}.')
             state_dict.update({key: value for key, value in values.items() if not value.is_meta})
         if theirs != own[:-1]:
