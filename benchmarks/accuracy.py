@@ -31,13 +31,13 @@ from torch import nn
 
 from timm_apvit import APViT
 from timm_apvit.files import write_atomically
-from timm_apvit.finetuning.checkpoints import CheckpointStore
-from timm_apvit.finetuning.data import Splits, create_batches
-from timm_apvit.finetuning.evaluate import images_per_second
-from timm_apvit.finetuning.evaluation import autocast
-from timm_apvit.finetuning.parsing import format_budget, number
-from timm_apvit.finetuning.schedule import Schedule
-from timm_apvit.finetuning.training import Row, train
+from timm_apvit.finetuning.batches import Splits, batches_to_train
+from timm_apvit.finetuning.evaluation import autocast, images_per_second
+from timm_apvit.finetuning.folder import CheckpointStore
+from timm_apvit.finetuning.loop import Row, Training
+from timm_apvit.finetuning.processes import create_accelerator
+from timm_apvit.finetuning.settings import Settings
+from timm_apvit.finetuning.values import format_budget, number
 from timm_apvit.learning.glance import fit_glance
 from timm_apvit.models.glance import glances
 
@@ -46,6 +46,13 @@ RESULTS = Path(__file__).parent / 'results'
 EPOCHS, IMAGES_OF_SCENES = 12, 1_000
 # What reads the glances is fitted first, to those of so many epochs of images, which then come again; and how often.
 GLANCED, GLANCE_EPOCHS = 4, 10
+# Settings that a result records.
+RECORDED = (
+    'epochs', 'batch_size', 'lr', 'weight_decay', 'layer_decay', 'warmup', 'seed', 'workers', 'device', 'num_patches',
+    'mixup', 'cutmix', 'mixup_prob', 'smoothing', 'ema', 'localizer_lr_scale', 'backbone_lr_scale',
+    'freeze_backbone_epochs', 'freeze_localizer_epochs', 'jitter', 'jitter_epochs', 'amp', 'grad_accum',
+    'grad_checkpointing', 'compile',
+)  # fmt: skip
 AMP = {'none': None, 'bfloat16': 'bfloat16', 'float16': 'float16'}
 
 
@@ -95,10 +102,10 @@ def run(options: argparse.Namespace, contestant: str, budgets: tuple[int, ...], 
     label = options.label or options.variant or ('elastic' if len(budgets) > 1 else '')
     names = {n: '-'.join(filter(None, [options.task, contestant, str(n), str(seed), label])) for n in budgets}
     paths = {budget: options.results / f'{name}.json' for budget, name in names.items()}
-    schedule = schedule_of(options, contestant, budgets, seed)
+    training = training_of(options, contestant, budgets, seed)
     settings = {
         'images': options.images,
-        'schedule': {k: v for k, v in schedule._asdict().items() if k != 'glance_epochs'},
+        'schedule': {name: getattr(training, name) for name in RECORDED},
         'model_kwargs': options.model_kwargs if contestant == 'adaptive' else {},
         'variant': options.variant,
     }
@@ -113,26 +120,27 @@ def run(options: argparse.Namespace, contestant: str, budgets: tuple[int, ...], 
     unfinished = options.results / f'.{names[largest]}.unfinished'
     unfinished.mkdir(exist_ok=True)
     store = CheckpointStore(unfinished)
-    fit_seconds = fit(model, splits, schedule) if store.load() is None else None
+    fit_seconds = fit(model, splits, training) if store.load() is None else None
 
     def tell(rows: list[Row]) -> None:
         row = rows[-1]
-        sys.stdout.write(f'{names[largest]} {row["epoch"]}/{schedule.epochs} loss {row["train_loss"]:.3f} '
+        sys.stdout.write(f'{names[largest]} {row["epoch"]}/{training.epochs} loss {row["train_loss"]:.3f} '
                          f'top-1 {row["test_top1"]:.4f} {row["seconds"]:.0f} s\n')  # fmt: skip
         sys.stdout.flush()
 
-    rows = train(model, splits, schedule, store, lambda model, folder: None, tell, names[largest])
+    accelerator = create_accelerator(training, unfinished)
+    rows = Training(accelerator, model, splits, training, store, name=names[largest]).run(lambda *_: None, tell)
     for budget, path in paths.items():
         if isinstance(model, APViT):
             model.set_num_patches(square(budget))
         curve = [row[f'test_top1_{format_budget(square(budget))}' if len(budgets) > 1 else 'test_top1'] for row in rows]
         found: dict[str, Any] = {}
         if isinstance(splits.test, Photographed):
-            found = finding(model, splits.test, schedule.amp, options.device)
+            found = finding(model, splits.test, training.amp, options.device)
         result = {
             'task': options.task, 'contestant': contestant, 'label': label, 'budget': budget, 'seed': seed,
             'top1': curve[-1], 'test_images': len(splits.test),
-            'images_seen': [row['epoch'] * options.images // schedule.epochs for row in rows],
+            'images_seen': [int(row['epoch']) * options.images // training.epochs for row in rows],
             'curve': curve, 'fit_seconds': fit_seconds, 'seconds': [row['seconds'] for row in rows],
             'multiply_adds': multiply_adds(model, splits.test[0][0][None].to(options.device)).total(),
             **settings,
@@ -153,14 +161,14 @@ def load_splits(options: argparse.Namespace, contestant: str, budget: int, seed:
     return load_task(TASKS[options.task], seed + 1, options.images // EPOCHS, options.fashion, crop)
 
 
-def fit(model: nn.Module, splits: Splits, schedule: Schedule) -> float | None:
+def fit(model: nn.Module, splits: Splits, training: Settings) -> float | None:
     """Give a model that glances its head start, and tell how long it took; None: it needs none."""
-    if schedule.layer_decay == 1 or not (isinstance(model, APViT) and glances(model)):  # from scratch
+    if training.layer_decay == 1 or not (isinstance(model, APViT) and glances(model)):  # from scratch
         return None
     start = time.monotonic()
-    model.to(schedule.device)
-    batches = (create_batches(splits.train, epoch, schedule.batch_size, shuffle=True) for epoch in range(GLANCED))
-    with autocast(torch.device(schedule.device), schedule.amp):
+    model.to(training.device)
+    batches = (batches_to_train(splits.train, epoch, training.batch_size) for epoch in range(GLANCED))
+    with autocast(torch.device(str(training.device)), training.amp):
         fit_glance(model, itertools.chain.from_iterable(batches), GLANCE_EPOCHS)
     return time.monotonic() - start
 
@@ -176,11 +184,11 @@ def is_done(paths: Collection[Path], settings: dict[str, Any]) -> bool:
     return len(found) == len(paths)
 
 
-def schedule_of(options: argparse.Namespace, contestant: str, budgets: tuple[int, ...], seed: int) -> Schedule:
+def training_of(options: argparse.Namespace, contestant: str, budgets: tuple[int, ...], seed: int) -> Settings:
     """How a contestant is trained."""
     pretrained = options.weights is not None
     epochs = options.images // IMAGES_OF_SCENES if options.task in SCENES else EPOCHS
-    return Schedule(
+    return Settings(
         epochs=epochs,
         batch_size=32 if pretrained else 64,
         lr=options.lr or (3e-4 if pretrained else 1e-3),

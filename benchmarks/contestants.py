@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from timm_apvit import TRANSFORMS, Anchors, Layout, Localizer, Look, register_localizer, register_transform
-from timm_apvit.finetuning.twin import create_twin
+from timm_apvit.finetuning.baseline import create_baseline
 from timm_apvit.patching.cnn import CNNLocalizer
 
 CONTESTANTS = {
@@ -162,7 +162,7 @@ def create_contestant(
         name_of_twin = 'apvit_small_patch14_dinov2'
         model = timm.create_model(name_of_twin, pretrained=True, pretrained_cfg_overlay=overlay, **common)
     if name in ('fixed', 'object'):
-        return create_twin(model)
+        return create_baseline(model)
     if variant == 'no-geometry':
         model.patch_embed.geometry_embed = Nothing(model.embed_dim)
     if name == 'frozen':

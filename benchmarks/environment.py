@@ -10,9 +10,9 @@ import timm
 import torch
 
 import timm_apvit
+from timm_apvit.cli.evaluate import processor
 from timm_apvit.files import check_writable, write_atomically
-from timm_apvit.finetuning.evaluate import processor
-from timm_apvit.finetuning.parsing import number
+from timm_apvit.finetuning.values import number
 
 counted = number(int, 1)
 

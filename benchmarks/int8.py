@@ -20,7 +20,7 @@ from environment import counted, new_file, write_report
 from timing import keep_memory, time_in_turns
 from torch import nn
 
-from timm_apvit.finetuning.evaluate import load_subject
+from timm_apvit.cli.evaluate import load_subject
 from timm_apvit.finetuning.evaluation import evaluate
 
 
@@ -50,7 +50,7 @@ def measure(run: str, name: str, num_patches: int, rounds: int) -> list[dict[str
         seconds = time_in_turns({kind: lambda model=model: model(image) for kind, model in timed.items()}, rounds)
     rows = []
     for kind, model in trained.items():
-        scores = evaluate(model, subject.splits, subject.batch_size, 0, None)
+        scores = evaluate(model, subject.splits, subject.batch_size)
         speed = {'mebibytes': mebibytes(timed[kind]), 'milliseconds': 1000 * statistics.median(seconds[kind])}
         rows.append({'kind': kind, **scores._asdict(), **speed})
     return rows

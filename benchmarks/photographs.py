@@ -17,7 +17,8 @@ from PIL import Image
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 
-from timm_apvit.finetuning.data import Samples, Splits
+from timm_apvit.finetuning.batches import Splits
+from timm_apvit.finetuning.samples import Samples
 
 CLIP_ART = Path('/usr/share/openclipart/png')
 OPENCV = Path('/usr/share/doc/opencv-doc/examples')

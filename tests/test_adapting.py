@@ -177,6 +177,7 @@ def test_timms_own_saving_keeps_the_adaptive_arguments(tmp_path):
     assert (again.num_patches, again.adaptive_args()['max_zoom']) == (7, 4.0)
 
 
+@pytest.mark.slow
 def test_another_module_of_the_name_of_timms_is_not_taken_for_it(tmp_path):
     (tmp_path / 'eva.py').write_text(
         'import timm\n\n\n@timm.models.register_model\ndef my_eva(pretrained=False, **kwargs):\n'

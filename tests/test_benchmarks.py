@@ -21,7 +21,7 @@ from contestants import CONTESTANTS, VARIANTS, create_contestant  # noqa: E402
 from fashion import TASKS, CleanObjects, Crops, DistortedObjects, Distortion, load_fashion, load_task  # noqa: E402
 
 import timm_apvit  # noqa: E402
-from timm_apvit.__main__ import main  # noqa: E402
+from timm_apvit.cli.main import main  # noqa: E402
 from timm_apvit.finetuning.clutter import Clutter, ClutteredObjects  # noqa: E402
 
 
@@ -218,6 +218,7 @@ def test_families_are_timed_in_turns(run, capsys):
     assert len(capsys.readouterr().out.splitlines()) == len(rows)
 
 
+@pytest.mark.slow
 def test_speed_is_that_of_two_references_and_the_parts_make_the_whole(run):
     setting = ['--batches', '1', '--rounds', '3', '--modes', 'forward', 'train', '--parts']
     rows = run(speed, '--models', 'apvit_tiny', '--tokens', '196', '49', *setting)['rows']
@@ -254,6 +255,7 @@ def test_all_ways_of_sampling_take_the_same_patches_where_nothing_aliases():
     torch.testing.assert_close(package.transpose(1, 2).flatten(2, 3), bilinear, rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_startup_is_that_of_a_fresh_process(run):
     found = run(startup, '--model', 'apvit_tiny', '--processes', '1')
     assert found['import_milliseconds'] > 0

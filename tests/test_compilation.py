@@ -6,6 +6,8 @@ from conftest import create, randomise
 from torch._dynamo.testing import CompileCounter
 from torch.nn.functional import cross_entropy
 
+pytestmark = pytest.mark.slow
+
 KWARGS = {'num_classes': 5, 'depth': 1, 'img_size': 96, 'num_patches': 9}
 
 

@@ -14,9 +14,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from timm_apvit import export, save_pretrained
-from timm_apvit.__main__ import main
+from timm_apvit.cli import export as command
+from timm_apvit.cli.main import main
 from timm_apvit.export import export_model
-from timm_apvit.finetuning import export as command
 
 ONNX = ('onnx', 'onnxscript', 'onnxruntime')
 # Loads a program with torch alone.
@@ -50,6 +50,7 @@ def run_onnx(path: Path, image: Tensor) -> Tensor:
     return torch.from_numpy(session.run(None, {'image': image.numpy()})[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ('options', 'opset'),
     [([], 20), pytest.param(['--opset', '18', '--img-size', '40x24'], 18, marks=pytest.mark.slow)],
@@ -80,6 +81,7 @@ def test_onnx_file_gives_the_logits_of_any_batch(
         torch.testing.assert_close(run_onnx(path, image), model(image), rtol=0, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings('ignore')
 @pytest.mark.parametrize('use_dynamo', [False, True])
 def test_exporter_of_timm_gives_the_logits(tmp_path: Path, use_dynamo: bool) -> None:
@@ -98,6 +100,7 @@ def test_exporter_of_timm_gives_the_logits(tmp_path: Path, use_dynamo: bool) -> 
     assert_equal_up_to_rounding(logits, expected)
 
 
+@pytest.mark.slow
 def test_program_gives_the_logits_without_this_package(saved: Path, tmp_path: Path) -> None:
     assert main(['export', str(saved), '-o', str(tmp_path / 'x.pt2')]) == 0
     image = images(3, 3, 32, 32)
@@ -109,6 +112,7 @@ def test_program_gives_the_logits_without_this_package(saved: Path, tmp_path: Pa
     torch.testing.assert_close(torch.load(tmp_path / 'image'), model(image), rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     'kwargs',
     [{'transform': 'tps', 'localizer': 'glance', 'jitter': 0.5}, {'num_patches': None, 'num_classes': 0}],

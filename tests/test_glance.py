@@ -61,6 +61,7 @@ def test_a_plain_loop_finds_what_a_fixed_grid_does_not_see():
         assert (fixed.eval()(images).argmax(dim=1) == labels).float().mean() < 0.7
 
 
+@pytest.mark.slow
 def test_timms_training_task_teaches_it():
     model = small_model()
     task = ClassificationTask(model, criterion_kwargs={'smoothing': 0.1}, verbose=False)
@@ -79,6 +80,7 @@ def one_hot(outputs, labels):
     return binary_cross_entropy_with_logits(outputs, torch.nn.functional.one_hot(labels, CLASSES).float())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ('loss', 'classes'),
     [(one_hot, CLASSES), (lambda outputs, labels: mse_loss(outputs.squeeze(1), labels.float()), 1)],
@@ -94,12 +96,14 @@ def test_other_losses_train_it(loss, classes):
     assert (named == labels).float().mean() > 0.4  # by chance a sixth
 
 
+@pytest.mark.slow
 def test_features_without_a_classifier_teach_it_too():
     model, head = small_model(num_classes=0), torch.nn.Linear(64, CLASSES)
-    update(torch.nn.Sequential(model, head), cross_entropy, 150, lr=2e-3)
+    update(torch.nn.Sequential(model, head), cross_entropy, 200, lr=2e-3)
     assert_finds(model, named=False)
 
 
+@pytest.mark.slow
 def test_fitted_first_it_finds_before_the_vit_learns():
     model = small_model()
     # Blocks that see something, as pretrained ones do.
@@ -140,6 +144,7 @@ def test_a_copy_glances_with_the_copied_vit_and_a_part_of_it_with_the_same():
     assert model not in list(model.patch_embed.patching.localizer.modules())
 
 
+@pytest.mark.slow
 def test_another_number_of_classes_keeps_where_it_looks(tmp_path):
     model = small_model()
     update(model, cross_entropy, 80)
@@ -169,6 +174,7 @@ def test_any_image_and_a_single_patch(size):
     assert model(torch.randn(2, 3, *size)).isfinite().all()
 
 
+@pytest.mark.slow
 def test_collapse_is_told():
     model, images = small_model(), hidden_patterns(16)[0]
     assert 'all images are seen whole' in collapsed(model, images)

@@ -12,6 +12,8 @@ from hub_uploads import WritableHub, front_matter, run_client
 
 import timm_apvit
 
+pytestmark = pytest.mark.slow
+
 FILES = {'model.safetensors', 'config.json', 'README.md'}
 NAMES = ['bird', 'cat', 'dog', 'emu', 'fox', 'gnu', 'hen']
 SHAPE = [2, 3, 96, 128]

@@ -47,6 +47,7 @@ def saved(tmp_path):
     return SimpleNamespace(folder=tmp_path, model=model)
 
 
+@pytest.mark.slow
 def test_updated_model_keeps_its_source_and_its_license(tmp_path):
     model = create(num_classes=3)
     model.base_model = 'timm/test_vit.r160_in1k'

@@ -1,11 +1,14 @@
-"""What the README and the docstrings show runs."""
+"""What the README, the documentation and the docstrings show runs."""
 
 import doctest
 import importlib.util
 import inspect
+import json
 import pydoc
 import re
 import shlex
+import statistics
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
@@ -13,19 +16,29 @@ import timm
 from PIL import Image
 
 import timm_apvit
-from timm_apvit.__main__ import PROGRAM, make_parser
+from timm_apvit.cli.main import PROGRAM, make_parser
+from timm_apvit.learning import distillation, parameter_groups
 from timm_apvit.patching import layer, pos_embed
 
-README = Path(__file__).parents[1] / 'README.md'
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / 'README.md', *sorted((ROOT / 'docs').glob('*.md'))]
+BLOCKS = [
+    (page.stem, block) for page in PAGES for block in re.findall(r'```python\n(.*?)```', page.read_text(), re.DOTALL)
+]
+SHOWN = re.compile(r'^ {4}.*?\b(?:python -m timm_apvit|timm-apvit) ((?:.*\\\n)*.*)', re.M)
+COMMANDS = [command for page in PAGES for command in SHOWN.findall(page.read_text())]
 
 
-BLOCKS = re.findall(r'```python\n(.*?)```', README.read_text(), re.DOTALL)
-COMMANDS = re.findall(r'^ {4}.*?\bpython -m timm_apvit ((?:.*\\\n)*.*)', README.read_text(), re.M)
-
-
-# What goes to the Hub is run in finetuning/test_hub_readme.
-@pytest.mark.filterwarnings('ignore:::lightning')
-@pytest.mark.parametrize('block', [block for block in BLOCKS if 'push_to_hub' not in block], ids=range(9))
+# What goes to the Hub is run in cli/test_hub_readme.
+@pytest.mark.filterwarnings('ignore:::lightning', 'ignore:::transformers')
+@pytest.mark.parametrize(
+    'block',
+    [
+        pytest.param(block, id=page, marks=pytest.mark.slow if 'export_model' in block else ())
+        for page, block in BLOCKS
+        if 'push_to_hub' not in block
+    ],
+)
 def test_snippets_run(block, tmp_path, monkeypatch):
     """As they stand, but for the weights, which would come from the Hub."""
     for library in re.findall(r'^(?:import|from) (\w+)', block, re.M):
@@ -49,7 +62,13 @@ def test_commands_parse(command):
     make_parser(PROGRAM).parse_args(words[: words.index('&&')] if '&&' in words else words)
 
 
-@pytest.mark.parametrize('module', [layer, pos_embed])
+@pytest.mark.parametrize('page', PAGES, ids=lambda page: page.stem)
+def test_links_lead_to_files(page):
+    for target in re.findall(r'\]\(([^)#]+)', page.read_text()):
+        assert '://' in target or (page.parent / target).exists(), target
+
+
+@pytest.mark.parametrize('module', [layer, pos_embed, distillation, parameter_groups])
 def test_docstring_examples_run(module, monkeypatch):
     result = doctest.testmod(module)
     assert result.attempted > 0
@@ -66,9 +85,23 @@ def test_help_of_every_public_name_and_its_methods_says_what_it_is():
         assert [key for key, each in methods.items() if inspect.isroutine(each) and not inspect.getdoc(each)] == []
 
 
-def test_table_is_that_of_the_results():
-    table = (Path(__file__).parents[1] / 'benchmarks/results/photographs.md').read_text()
-    assert table in README.read_text()
+def test_tables_are_those_of_the_results():
+    results = ROOT / 'benchmarks/results'
+    assert (results / 'photographs.md').read_text() in (ROOT / 'docs/results.md').read_text()
+    measured = [json.loads(path.read_text()) for path in results.glob('photographs-*.json')]
+    groups = defaultdict(list)
+    for each in measured:
+        groups[each['contestant'], each['budget'], each['label']].append(each)
+    expected = {
+        (
+            f'{statistics.mean(each["curve"][0] for each in runs):.3f}',
+            f'{statistics.mean(each["top1"] for each in runs):.3f}',
+        )
+        for runs in groups.values()
+    }
+    rows = re.findall(r'^\| .* \| [\d,]+ M \| ([\d.]+) \| \**([\d.]+)\**', (ROOT / 'README.md').read_text(), re.M)
+    assert len(rows) >= 5
+    assert set(rows) <= expected
 
 
 def test_page_of_twins_is_that_of_the_registry():

@@ -94,6 +94,7 @@ def tags(name: str) -> list[str]:
     return [name_with_tag.partition('.')[2] for name_with_tag in get_arch_pretrained_cfgs(name)]
 
 
+@pytest.mark.slow
 def test_import_registers_the_models_and_does_nothing_else():
     process = subprocess.run(
         [sys.executable, '-W', 'error', '-c', IMPORT, *VIT_OF],
@@ -233,6 +234,7 @@ def hub(tmp_path_factory):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('call', ADAPTED)
 def test_downloaded_model_is_the_vit(call, hub):
     _, kwargs, shape = CALLS[call]
@@ -250,12 +252,14 @@ def test_downloaded_model_is_the_vit(call, hub):
         assert_equal_up_to_rounding(actual['logits'], expected(images(*shape)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', FAMILIES)
 def test_downloaded_model_of_a_family_is_the_vit(name, hub):
     expected = hub.families[name](images(*CALLS[name][2]))
     assert_equal_up_to_rounding(hub.results[name]['logits'], expected)
 
 
+@pytest.mark.slow
 def test_downloaded_tag_is_its_own_vit(hub):
     assert hub.results['tag']['logits'].shape == (1, 21843)
     assert_equal_up_to_rounding(hub.results['tag']['logits'], hub.tagged(images(1, 3, 224, 224)))

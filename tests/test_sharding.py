@@ -5,9 +5,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from conftest import create
 from torch.nn.functional import cross_entropy
+
+pytestmark = pytest.mark.slow
 
 KWARGS = {'num_classes': 5, 'depth': 2, 'img_size': 96, 'num_patches': 9, 'transform': 'projective'}
 

@@ -79,6 +79,7 @@ def test_geometry_of_a_padded_image_is_that_of_the_image():
     torch.testing.assert_close(geometry.extents[0, 0] * size, torch.tensor([16.0, 16.0]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('num', [None, 7])
 @pytest.mark.parametrize('transform', ['scale', 'projective', 'tps'])
 def test_compiles_without_a_graph_break_and_exports(num, transform):

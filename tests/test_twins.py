@@ -81,7 +81,7 @@ def test_twin_is_the_vit(name, size):
     assert relative(twin(image) - expected, expected) <= POOLED
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize('name', timm.list_models(module=['vision_transformer', 'deit', 'eva']))
 def test_every_twin_is_the_vit(name):
     vit, twin = pair(name, std=0.0)  # as they begin: more noise on wide models is more than float32 holds
@@ -196,6 +196,7 @@ def test_fewer_patches_of_a_rope_model_are_the_vit_on_the_area_averaged_image():
     assert relative(model(image) - expected, expected) <= POOLED
 
 
+@pytest.mark.slow
 @families
 def test_compiles_and_exports_with_a_dynamic_batch(name, size):
     model = timm.create_model(timm_apvit.twin_name(name), depth=1, img_size=size, num_patches=6, num_classes=3)

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from timm_apvit.failures import first_line
+from timm_apvit.failures import one_line
 from timm_apvit.files import AnyPath, check_writable, replacing
 from timm_apvit.models.mixin import APViT, check_apvit
 
@@ -97,7 +97,7 @@ def export_model(
         except OSError:
             raise
         except Exception as error:  # of the exporters, each of which has its own
-            raise RuntimeError(f'cannot export to {chosen}: {first_line(error)}') from error
+            raise RuntimeError(f'cannot export to {chosen}: {one_line(error)}') from error
         exported = Exported(path, chosen, _output(model), size, difference, largest)
         if not difference <= TOLERANCE * max(1.0, largest):  # nor where it is not a number
             raise RuntimeError(f'expected the output of the model within {TOLERANCE:g}. {exported}')

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from timm_apvit.failures import first_line
+from timm_apvit.failures import one_line
 
 AnyPath = str | os.PathLike[str]
 
@@ -18,10 +18,12 @@ def check_writable(path: AnyPath, overwrite: bool = True) -> None:
         raise FileNotFoundError(f'expected a file in a folder that exists, got {str(path)!r}')
     if path.exists() and not overwrite:
         raise FileExistsError(f'expected a file that does not exist yet, got {str(path)!r} (overwrite replaces it)')
+    if path.exists() and not path.is_file():  # a pipe or a device, which is written into
+        return
     try:
-        tempfile.TemporaryFile(dir=path.absolute().parent).close()
+        tempfile.TemporaryFile(dir=path.resolve().parent).close()
     except OSError as error:
-        why = error.strerror or first_line(error)
+        why = error.strerror or one_line(error)
         raise PermissionError(f'expected a file in a folder that can be written to, got {str(path)!r}: {why}') from None
 
 
@@ -33,7 +35,18 @@ def write_atomically(path: Path, text: str) -> None:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Give a temporary path to write to, whose file then replaces the one at ``path`` atomically, or leaves nothing."""
+    """Give a temporary path to write to, whose file then replaces the one at ``path`` atomically, or leaves nothing.
+
+    Links are followed. Into what is no file, such as a pipe or a device, the bytes are written when they are whole.
+    """
+    path = path.resolve()
+    if path.exists() and not path.is_file():
+        with tempfile.TemporaryDirectory() as folder:
+            unfinished = Path(folder, path.name)
+            yield unfinished
+            with path.open('wb') as opened:
+                opened.write(unfinished.read_bytes())
+        return
     unfinished = path.with_name(f'.unfinished-{path.name}')
     try:
         yield unfinished

@@ -1,7 +1,7 @@
 """Results of an evaluation: what a model is worth by its number of patches, checked, and as a table."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 # Columns of the table of results: key of a row, title, format.
@@ -34,25 +34,43 @@ def check_results(results: Any) -> None:
 
 def results_table(results: Mapping[str, Any], dataset_name: str) -> str:
     """Accuracy, cost and speed by number of patches, as a Markdown table, and what it was measured on."""
-    rows = results['rows']
-    columns = [column for column in COLUMNS if all(column[0] in row for row in rows)]
-    speeds = [row.get('images_per_second', {}) for row in rows]
-    sizes = [size for size in speeds[0] if all(size in each for each in speeds)]
-    titles = ['patches', *(title for _, title, _ in columns)]
-    titles += ['images/s alone' if size == '1' else f'images/s in batches of {size}' for size in sizes]
+    titles, rows = results_cells(results['rows'])
     lines = [f'| {" | ".join(titles)} |', '|---' * len(titles) + '|']
-    for row, speed in zip(rows, speeds, strict=True):
-        cells = [str(row['budget'])]
-        cells += [format(row[key] / (1e6 if key == 'multiply_adds' else 1), spec) for key, _, spec in columns]
-        cells += [f'{speed[size]:.1f}' for size in sizes]
-        lines.append(f'| {" | ".join(cells)} |')
-    said = [f'{rows[0]["images"]} images of {dataset_name}' if 'images' in rows[0] else f'On {dataset_name}']
+    lines += [f'| {" | ".join(cells)} |' for cells in rows]
+    images = results['rows'][0].get('images')
+    said = [f'{images} images of {dataset_name}' if images is not None else f'On {dataset_name}']
     versions = ', '.join(f'{key} {value}' for key, value in results.get('versions', {}).items())
     threads = f', {results["threads"]} threads' if 'threads' in results else ''
     said += [f'on {results["device"]}{threads}'] if 'device' in results else []
     said += [versions] if versions else []
     said += [str(results[key]) for key in ('counted', 'note') if results.get(key)]
     return '\n'.join(lines) + '\n\n' + '; '.join(said) + '.'
+
+
+def results_cells(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Titles of the columns that all rows have, and the cells of each row."""
+    columns = [column for column in COLUMNS if all(column[0] in row for row in rows)]
+    speeds = [row.get('images_per_second', {}) for row in rows]
+    sizes = [size for size in speeds[0] if all(size in each for each in speeds)]
+    titles = ['model'] if all('model' in row for row in rows) else []
+    titles += ['patches', *(title for _, title, _ in columns)]
+    titles += ['images/s alone' if size == '1' else f'images/s in batches of {size}' for size in sizes]
+    table = []
+    for row, speed in zip(rows, speeds, strict=True):
+        cells = [*([str(row['model'])] if titles[0] == 'model' else []), str(row['budget'])]
+        cells += [format(row[key] / (1e6 if key == 'multiply_adds' else 1), spec) for key, _, spec in columns]
+        table.append(cells + [f'{speed[size]:.1f}' for size in sizes])
+    return titles, table
+
+
+def aligned(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table for a terminal: the first column to the left, figures to the right."""
+    lines = [list(titles), *map(list, rows)]
+    widths = [max(len(line[n]) for line in lines) for n in range(len(titles))]
+    padded = [[cell.rjust(width) for cell, width in zip(line, widths, strict=True)] for line in lines]
+    return '\n'.join(
+        '  '.join([line[0].ljust(widths[0]), *cells[1:]]) for line, cells in zip(lines, padded, strict=True)
+    )
 
 
 def _shortened(value: Any) -> str:

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from timm_apvit.files import write_atomically
-from timm_apvit.finetuning.checkpoints import CheckpointStore, check_vacant, create_run
+from timm_apvit.files import check_writable, write_atomically
+from timm_apvit.finetuning.folder import CheckpointStore, check_vacant, create_run
 
 TRAINED = {'w': torch.arange(3.0)}
 
@@ -157,3 +157,49 @@ def test_write_atomically_replaces_or_leaves(tmp_path: Path, monkeypatch: pytest
     write_atomically(path, 'third')
     assert path.read_text() == 'third'
     assert [p.name for p in tmp_path.iterdir()] == ['summary.json']
+
+
+def test_links_are_followed_and_into_pipes_it_is_written(tmp_path: Path) -> None:
+    (tmp_path / 'shared').write_text('before')
+    (tmp_path / 'link').symlink_to('shared')
+    write_atomically(tmp_path / 'link', 'after')
+    assert (tmp_path / 'link').is_symlink()
+    assert (tmp_path / 'shared').read_text() == 'after'
+    os.mkfifo(tmp_path / 'pipe')
+    check_writable(tmp_path / 'pipe')
+    reader = os.open(tmp_path / 'pipe', os.O_RDONLY | os.O_NONBLOCK)
+    write_atomically(tmp_path / 'pipe', 'through')
+    assert os.read(reader, 100) == b'through'
+    os.close(reader)
+    assert (tmp_path / 'pipe').is_fifo()
+
+
+def test_a_file_system_without_links_is_refused_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: Any, **__: Any) -> None:
+        raise OSError(1, 'Operation not permitted')
+
+    monkeypatch.setattr(Path, 'symlink_to', refused)
+    with pytest.raises(OSError, match=r'an output folder where links can be made, as for last and best, got .*new'):
+        create_run(tmp_path / 'new', 'epochs: 3')
+    assert not (tmp_path / 'new/config.yaml').exists()
+
+
+def test_a_lost_link_is_found_again(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path)
+    save(store, 1, 1)
+    save(store, 2, 1)
+    (tmp_path / 'last').unlink()
+    state = store.load()
+    assert state is not None
+    assert state['epoch'] == 2
+
+
+def test_a_damaged_state_names_the_best_model_as_a_way_out(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path)
+    save(store, 1, 1)
+    save(store, 2, 1)
+    (tmp_path / 'last/training.pt').write_bytes(b'junk')
+    with pytest.raises(ValueError, match=r'a new run can start from the best: --model local-dir:.*best --pretrained'):
+        store.load()

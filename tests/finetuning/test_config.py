@@ -1,6 +1,8 @@
 """Configuration files: what they may say, and that one repeats a run."""
 
+import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +10,10 @@ import pytest
 import yaml
 from tiny import read_metrics
 
-from timm_apvit.__main__ import main
-from timm_apvit.finetuning.config import config_text, read_config, resumed_options, with_config
-from timm_apvit.finetuning.options import Options
+from timm_apvit.cli.main import main
+from timm_apvit.finetuning.config import config_text, read_config, resumed_settings, with_config
+from timm_apvit.finetuning.preparation import with_defaults
+from timm_apvit.finetuning.settings import FIELDS, REMOVED, Settings, add_settings
 
 TINY = '--model test_apvit --img-size 32 --num-patches 2,1x3 --samples 32 --test-samples 16 --batch-size 16 --epochs 1'
 TINY += ' --model-kwargs drop_path_rate=0.1 jitter=0.1 depth=2 --threads 1 --device cpu --no-twin --seed 3'
@@ -21,6 +24,7 @@ def write(path: Path, values: Any) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_configuration_of_a_run_repeats_it_exactly(tmp_path: Path) -> None:
     first, second, third = (tmp_path / name for name in ('first', 'second', 'third'))
     assert main(['finetune', *TINY.split(), '--output', str(first)]) == 0
@@ -39,7 +43,7 @@ def test_configuration_of_a_run_repeats_it_exactly(tmp_path: Path) -> None:
     assert main(['finetune', '--resume', str(third)]) == 0
 
 
-OPTIONS = Options(
+OPTIONS = Settings(
     data='torch/mnist',
     num_patches=(16, (3, 5)),
     model_kwargs={'img_size': (32, 48), 'global_pool': 'avg', 'class_token': False, 'max_shift': 2.0},
@@ -54,11 +58,41 @@ OPTIONS = Options(
 def test_every_option_survives_a_file(tmp_path: Path) -> None:
     path = tmp_path / 'config.yaml'
     path.write_text(config_text(OPTIONS))
-    assert resumed_options(tmp_path, {}) == OPTIONS
+    assert resumed_settings(tmp_path, {}) == OPTIONS
     text = path.read_text()
     assert 'num_patches: 16,3x5\n' in text
     given = {'num_patches': (16, (3, 5)), 'scale': [0.1, 1.0], 'model_kwargs': {'max_shift': 2.0}, 'device': 'cpu'}
-    assert resumed_options(tmp_path, given).device == 'cpu'
+    assert resumed_settings(tmp_path, given).device == 'cpu'
+
+
+def test_embedded_defaults_give_way_to_model_kwargs() -> None:
+    settings = with_defaults(Settings(model_kwargs={'transform': 'affine', 'img_size': 64}))
+    assert settings.transform is None
+    assert settings.img_size is None
+    assert settings.num_patches == ((4, 4),)
+    assert settings.model_kwargs['transform'] == 'affine'
+    assert with_defaults(Settings(transform='scale')).transform == 'scale'
+
+
+def test_help_of_every_option_names_its_default(capsys: pytest.CaptureFixture[str]) -> None:
+    parser = argparse.ArgumentParser()
+    add_settings(parser)
+    needless = {'help', 'resume', 'output', *REMOVED}
+    silent = [a.dest for a in parser._actions if a.dest not in needless and 'default' not in (a.help or '')]
+    assert silent == []
+    assert {a.dest for a in parser._actions} - {'help', 'config'} == FIELDS.keys() | REMOVED.keys()
+    parser.print_help()  # fails on a stray %
+    assert '--attention-weight' in capsys.readouterr().out
+
+
+def test_resume_lets_change_what_memory_needs_and_how_long_it_is(tmp_path: Path) -> None:
+    settings = with_defaults(Settings(num_patches=(16, (7, 14)), model='test_apvit'))
+    (tmp_path / 'config.yaml').write_text(config_text(settings))
+    given = {'num_patches': (16, (7, 14)), 'grad_accum': 4, 'grad_checkpointing': True, 'timeout': 3.0, 'epochs': 20}
+    expected = replace(settings, grad_accum=4, grad_checkpointing=True, timeout=3.0, epochs=20)
+    assert resumed_settings(tmp_path, given) == expected
+    with pytest.raises(ValueError, match=r'--num-patches 16,98 \(the run has 16,7x14\), --mixup 0.5 \(the run has 0'):
+        resumed_settings(tmp_path, {'num_patches': (16, 98), 'mixup': 0.5})
 
 
 @pytest.mark.parametrize('name', ['config.yaml', 'config.json'])
@@ -92,20 +126,21 @@ def test_files_take_what_the_command_line_takes(name: str, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ('values', 'message'),
     [
+        ({'amp': 'x'}, "amp: expected bfloat16 or float16, got 'x'"),
         ({'epoch': 3}, r"names of options in .*c\.yaml, got 'epoch' \(did you mean epochs"),
         ({'nm_ptches': 3, 'zzz': 1}, r"got 'nm_ptches' \(did you mean num_patches.*\), 'zzz'"),
         ({'resume': 'x'}, "got 'resume'"),
         ({'config': 'x'}, "got 'config'"),
         ({'max_focus': 5}, r'c\.yaml: --max-focus was removed: --localizer glance finds the window'),
-        ({'epochs': 0}, r"c\.yaml: argument --epochs: expected an integer >= 1, got '0'"),
-        ({'epochs': True}, 'argument --epochs'),
-        ({'pretrained': 'yes'}, 'argument --pretrained'),
-        ({'scale': [0.1]}, 'argument --scale: expected 2 arguments'),
-        ({'epochs': [1, 2]}, r'expected one value for epochs, got \[1, 2\]'),
-        ({'model': ['a', 'b']}, 'expected one value for model'),
-        ({'data': ['a', 'b']}, 'expected data to be a folder or the name of a dataset'),
-        ({'num_patches': 'many'}, "argument --num-patches: .* got 'many'"),
-        ({'model_kwargs': 3}, "argument --model-kwargs: expected key=value, got '3'"),
+        ({'epochs': 0}, r'c\.yaml: epochs: expected an integer >= 1, got 0'),
+        ({'epochs': True}, 'epochs: expected an integer >= 1, got True'),
+        ({'pretrained': 'yes'}, "pretrained: expected true or false, got 'yes'"),
+        ({'scale': [0.1]}, r'scale: expected a list of 2, got \[0\.1\]'),
+        ({'epochs': [1, 2]}, r'epochs: expected an integer >= 1, got \[1, 2\]'),
+        ({'model': ['a', 'b']}, 'model: expected a string'),
+        ({'data': ['a', 'b']}, 'data: expected a string'),
+        ({'num_patches': 'many'}, "num_patches: .* got 'many'"),
+        ({'model_kwargs': 3}, 'model_kwargs: expected names of arguments and their values, got 3'),
         ([1], 'names of options and their values in .*, got list'),
         ({3: 4}, 'names of options and their values'),
     ],
@@ -132,7 +167,7 @@ def test_command_refuses_a_configuration_in_one_line(tmp_path: Path, capsys: pyt
 
 def test_rejects_what_is_not_a_run(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r'holds config\.yaml, got'):
-        resumed_options(tmp_path, {})
+        resumed_settings(tmp_path, {})
     write(tmp_path / 'config.yaml', {'epochs': 3})
     with pytest.raises(ValueError, match=r'the options of a run in .*, got none for aa, amp, '):
-        resumed_options(tmp_path, {})
+        resumed_settings(tmp_path, {})

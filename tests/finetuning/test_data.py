@@ -11,9 +11,10 @@ from images import load_folder, write_images
 from PIL import Image
 from timm.data import create_transform
 
+from timm_apvit.finetuning.batches import Division, MicroBatches, Splits, batches_to_test, batches_to_train
 from timm_apvit.finetuning.clutter import Clutter, ClutteredObjects
-from timm_apvit.finetuning.data import Samples, SeededSamples, Splits, create_batches
 from timm_apvit.finetuning.digits import load_embedded_digits
+from timm_apvit.finetuning.samples import Samples, SeededSamples
 
 
 @pytest.fixture
@@ -24,7 +25,11 @@ def folder(tmp_path: Path) -> Path:
 
 
 def epoch_of(samples: Samples, epoch: int, workers: int = 0, shuffle: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
-    batches = list(create_batches(samples, epoch, 2, shuffle=shuffle, workers=workers))
+    if shuffle:
+        batches = list(batches_to_train(samples, epoch, 2, workers=workers))
+    else:
+        samples.epoch = epoch
+        batches = [(image[None], torch.tensor([label])) for image, label in (samples[n] for n in range(len(samples)))]
     return torch.cat([images for images, _ in batches]), torch.cat([labels for _, labels in batches])
 
 
@@ -80,9 +85,31 @@ def test_seeded_samples_leave_the_global_generators_alone(folder: Path) -> None:
 
 def test_last_small_batch_is_dropped_in_training_only() -> None:
     splits = load_embedded_digits(0, (1, 16, 16), 7, 7)
-    assert [len(labels) for _, labels in create_batches(splits.train, 0, 3, shuffle=True)] == [3, 3]
-    assert [len(labels) for _, labels in create_batches(splits.train, 0, 8, shuffle=True)] == [7]
-    assert [len(labels) for _, labels in create_batches(splits.test, 0, 3)] == [3, 3, 1]
+    assert [len(labels) for _, labels in batches_to_train(splits.train, 0, 3)] == [3, 3]
+    assert [len(labels) for _, labels in batches_to_train(splits.train, 0, 8)] == [7]
+    assert [len(labels) for _, labels in batches_to_test(splits.test, 3)] == [3, 3, 1]
+
+
+@pytest.mark.parametrize(('world', 'accumulated'), [(1, 1), (2, 1), (1, 3), (2, 3)])
+def test_micro_batches_of_all_processes_are_the_batches_of_one(world: int, accumulated: int) -> None:
+    order = torch.randperm(26).tolist()
+    divided = [list(MicroBatches(order, 6, Division(rank, world, accumulated))) for rank in range(world)]
+    for update in range(4):
+        parts = [part for own in divided for part in own[update * accumulated : (update + 1) * accumulated]]
+        assert {len(part) for part in parts} == {6 // (world * accumulated)}
+        assert sorted(index for part in parts for index in part) == sorted(order[update * 6 : update * 6 + 6])
+    later = MicroBatches(order, 6, Division(0, world, accumulated), done=3)
+    assert len(later) == accumulated
+    assert list(later) == divided[0][3 * accumulated :]
+
+
+def test_weights_draw_samples_again_and_again() -> None:
+    splits = load_embedded_digits(0, (1, 16, 16), 40, 7)
+    weights = torch.zeros(40)
+    weights[3] = 1.0
+    images = torch.cat([images for images, _ in batches_to_train(splits.train, 0, 8, weights=weights)])
+    assert len(images) == 40
+    assert torch.equal(images, splits.train[3][0].expand_as(images))
 
 
 def test_a_digit_is_painted_whole_and_inside() -> None:

@@ -10,18 +10,21 @@ import pytest
 import torch
 from tiny import read_metrics, weights_of
 
-from timm_apvit.__main__ import main
-from timm_apvit.finetuning.distributed import joined, local_device
+from timm_apvit.cli.main import main
+from timm_apvit.finetuning.processes import create_accelerator
+from timm_apvit.finetuning.settings import Settings
+
+pytestmark = pytest.mark.slow
 
 # 4 updates an epoch.
 TINY = '--model test_apvit --model-kwargs depth=2 --img-size 32 --samples 64 --test-samples 15 --batch-size 16'
 TINY += ' --epochs 5 --threads 1 --device cpu --no-twin --num-patches 4,16'
-TINY += ' --mixup 0.8 --ema 0.9 --freeze-backbone-epochs 1'
+TINY += ' --ema 0.9 --freeze-backbone-epochs 1'
 
 # Ends the second process, or stops it, in its n-th update of the weights.
 LOST = """
 import os, signal, sys, torch
-from timm_apvit.__main__ import main
+from timm_apvit.cli.main import main
 step, left, how = torch.optim.AdamW.step, [int(sys.argv.pop(1))], sys.argv.pop(1)
 def losing_step(*args, **kwargs):
     left[0] -= 1
@@ -77,7 +80,7 @@ def lose_second_process(update: int, how: str, *arguments: str) -> list[subproce
 def test_two_processes_give_the_result_of_one(alone: Path, tmp_path: Path) -> None:
     directory = tmp_path / 'together'
     launch = [sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node=2', '--standalone', '-m', 'timm_apvit']
-    # Pieces within the processes change nothing either.
+    # Micro-batches within the processes change nothing either.
     command = [*launch, 'finetune', *TINY.split(), '--grad-accum', '2', '--output', str(directory)]
     result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=100)
     assert result.returncode == 0, result.stderr
@@ -87,7 +90,6 @@ def test_two_processes_give_the_result_of_one(alone: Path, tmp_path: Path) -> No
     assert_same_run(directory, alone)
 
 
-@pytest.mark.slow
 def test_two_processes_fit_a_glance_as_one_does(tmp_path: Path) -> None:
     glance = "localizer={'name': 'glance', 'blocks': 1, 'grid': 4, 'answer_drop': 0}"
     quiet = ['--model-kwargs', glance, 'window_jitter=0', 'whole_share=0']  # noise is each process' own
@@ -115,7 +117,6 @@ def test_killed_process_ends_the_run_which_then_resumes(alone: Path, tmp_path: P
     assert_same_run(directory, alone)
 
 
-@pytest.mark.slow
 def test_process_that_hangs_ends_the_run(tmp_path: Path) -> None:
     directory = tmp_path / 'hung'
     main_process, _ = lose_second_process(9, 'SIGSTOP', '--output', str(directory), '--timeout', '0.1')
@@ -124,16 +125,7 @@ def test_process_that_hangs_ends_the_run(tmp_path: Path) -> None:
     assert len(read_metrics(directory)) == 2
 
 
-def test_each_process_takes_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert local_device('cuda:1') == 'cuda:1'
-    for name, value in (('WORLD_SIZE', '4'), ('RANK', '3'), ('LOCAL_RANK', '1')):
-        monkeypatch.setenv(name, value)
-    assert local_device('cuda') == 'cuda:1'
-    assert local_device('cpu') == 'cpu'
+def test_several_processes_take_no_single_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv('WORLD_SIZE', '4')
     with pytest.raises(ValueError, match=r"expected --device cuda for several processes, .* got 'cuda:1'"):
-        local_device('cuda:1')
-
-
-def test_one_process_joins_nobody() -> None:
-    with joined('cpu', 1.0):
-        assert not torch.distributed.is_initialized()
+        create_accelerator(Settings(device='cuda:1'), Path())

@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 from tiny import tiny_model, tiny_splits
 
+from timm_apvit.finetuning.baseline import create_baseline
 from timm_apvit.finetuning.evaluation import evaluate, evaluate_budgets
-from timm_apvit.finetuning.twin import create_twin
 
 
 def test_loss_and_accuracy_are_those_of_all_images() -> None:
@@ -37,4 +37,4 @@ def test_each_budget_is_evaluated_and_their_means_compared() -> None:
 def test_one_budget_and_the_twin_are_evaluated_as_they_are() -> None:
     model, splits = tiny_model(num_patches=3), tiny_splits(4)
     assert evaluate_budgets(model, splits, (3,), 4).keys() == {'test_loss', 'test_top1'}
-    assert evaluate_budgets(create_twin(model), splits, (1, 3), 4).keys() == {'test_loss', 'test_top1'}
+    assert evaluate_budgets(create_baseline(model), splits, (1, 3), 4).keys() == {'test_loss', 'test_top1'}

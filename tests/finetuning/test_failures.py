@@ -14,13 +14,14 @@ import timm
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from tiny import weights_of
+from tiny import read_metrics, weights_of
 
-from timm_apvit.__main__ import main
+from timm_apvit.cli.main import main
 from timm_apvit.failures import explain
-from timm_apvit.finetuning import command, learner
-from timm_apvit.finetuning.checkpoints import CheckpointStore, interrupted_only_after, locked
+from timm_apvit.finetuning import learner
+from timm_apvit.finetuning import run as run_module
 from timm_apvit.finetuning.config import read_config
+from timm_apvit.finetuning.folder import CheckpointStore, locked
 
 TINY = '--model test_apvit --model-kwargs depth=1 --img-size 32 --num-patches 2 --samples 8 --test-samples 4'
 TINY += ' --batch-size 4 --epochs 3 --no-twin --threads 1 --device cpu'
@@ -32,15 +33,21 @@ def run(directory: Path, *more: str) -> int:
 
 @pytest.fixture
 def second_epoch(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """What to do in the first update of the second epoch: ``second_epoch['act'] = act``."""
+    """What becomes of the loss in the first update of the second epoch: ``second_epoch['act'] = act``."""
     acts: dict[str, Any] = {}
-    compute = learner.Learner._loss
+    update = learner.Learner.update
 
-    def failing(self: learner.Learner, images: Any, labels: Any, update: int) -> torch.Tensor:
-        loss = compute(self, images, labels, update)
-        return acts['act'](loss) if update == 2 else loss
+    def failing(self: learner.Learner, micro_batches: Any, number: int) -> Any:
+        criterion = self.task.criterion
+        compute = criterion.forward
+        if number == 2:
+            criterion.forward = lambda *args: acts['act'](compute(*args))
+        try:
+            return update(self, micro_batches, number)
+        finally:
+            criterion.forward = compute
 
-    monkeypatch.setattr(learner.Learner, '_loss', failing)
+    monkeypatch.setattr(learner.Learner, 'update', failing)
     return acts
 
 
@@ -57,15 +64,8 @@ def test_loss_that_is_not_finite_names_the_step(
     second_epoch['act'] = lambda loss: loss * float('nan')
     assert run(tmp_path / 'run') == 1
     error = capsys.readouterr().err
-    assert error.startswith('error: the training loss became nan in update 3; try a lower --lr\n')
+    assert error.startswith('error: the training loss became nan in update 3; try a lower --lr; the last')
     check_kept(tmp_path / 'run', error)
-
-
-def test_losses_looked_at_together_name_the_step() -> None:
-    losses = [torch.tensor(value) for value in (2.0, 1.0, float('inf'), float('nan'))]
-    assert learner.mean_losses(losses[:2], 5) == [2.0, 1.0]
-    with pytest.raises(FloatingPointError, match='became inf in update 8'):
-        learner.mean_losses(losses, 5)
 
 
 @pytest.mark.parametrize('place', ['cpu', 'gpu', 'python'])
@@ -95,6 +95,7 @@ EVERYTHING = (
 )
 
 
+@pytest.mark.slow
 def test_interrupted_run_with_everything_resumes_bit_for_bit(
     second_epoch: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -128,7 +129,7 @@ def test_interrupted_run_with_everything_resumes_bit_for_bit(
     assert [budget['num_patches'] for budget in summary['test_apvit']['budgets'].values()] == [1, 3]
     assert summary['test_apvit']['top1'] == pytest.approx(rows[0][-1]['test_top1'])
     assert summary['fixed grid']['num_patches'] >= 3
-    assert capsys.readouterr().out.count('\ntest_apvit          3  ') == 2
+    assert capsys.readouterr().out.count('\ntest_apvit        3  ') == 2
 
 
 @contextmanager
@@ -173,7 +174,7 @@ def test_full_disk_leaves_the_checkpoint_before(exports: bool, tmp_path: Path) -
 def test_full_disk_ends_the_run_in_one_sentence(
     problem: Exception, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    save, calls = command.save_pretrained, []
+    save, calls = run_module.save_pretrained, []
 
     def filling(*args: Any, **kwargs: Any) -> None:
         calls.append(args)
@@ -181,7 +182,7 @@ def test_full_disk_ends_the_run_in_one_sentence(
             raise problem
         save(*args, **kwargs)
 
-    monkeypatch.setattr(command, 'save_pretrained', filling)
+    monkeypatch.setattr(run_module, 'save_pretrained', filling)
     assert run(tmp_path / 'run') == 1
     error = capsys.readouterr().err
     assert error.startswith('error: cannot write the checkpoint epoch-0002 into ')
@@ -199,49 +200,104 @@ def test_full_disk_is_named_wherever_it_is_met() -> None:
     assert explain(RuntimeError('mat1 and mat2'), '', True) == 'mat1 and mat2'
 
 
-def test_interruption_waits_until_the_checkpoint_is_finished(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+@pytest.fixture
+def _ctrl_c() -> Iterator[None]:
+    """Have Ctrl-C heard: a shell starts what it runs in the background with it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures('_ctrl_c')
+@pytest.mark.parametrize(('number', 'status'), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_the_run_after_the_update_and_its_checkpoint(
+    number: int, status: int, second_epoch: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    save = command.save_pretrained
+    second_epoch['act'] = lambda loss: loss
+    assert run(tmp_path / 'unbroken') == 0
+    second_epoch['act'] = lambda loss: (signal.raise_signal(number), loss)[1]
+    assert run(tmp_path / 'run') == status
+    assert capsys.readouterr().err == f'interrupted; continue with --resume {tmp_path / "run"}\n'
+    state = CheckpointStore(tmp_path / 'run').load()
+    assert state is not None
+    assert (state['update'], len(state['rows'])) == (3, 1)
+    assert (tmp_path / 'run/last').resolve().name == 'epoch-0001-update-0000001'
+    assert timm.create_model(f'local-dir:{tmp_path / "run/last"}', pretrained=True).num_patches == 2
+    second_epoch['act'] = lambda loss: loss
+    assert main(['finetune', '--resume', str(tmp_path / 'run')]) == 0
+    assert weights_of(tmp_path / 'run').keys() == weights_of(tmp_path / 'unbroken').keys()
+    torch.testing.assert_close(weights_of(tmp_path / 'run'), weights_of(tmp_path / 'unbroken'), rtol=0, atol=0)
+    assert read_metrics(tmp_path / 'run') == read_metrics(tmp_path / 'unbroken')
+
+
+@pytest.mark.usefixtures('_ctrl_c')
+def test_interruption_while_saving_waits_until_the_checkpoint_is_finished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save = run_module.save_pretrained
 
     def interrupted(*args: Any, **kwargs: Any) -> None:
         signal.raise_signal(signal.SIGINT)
         save(*args, **kwargs)
 
-    monkeypatch.setattr(command, 'save_pretrained', interrupted)
+    monkeypatch.setattr(run_module, 'save_pretrained', interrupted)
     assert run(tmp_path / 'run') == 130
-    assert f'interrupted; continue with --resume {tmp_path / "run"}' in capsys.readouterr().out
     state = CheckpointStore(tmp_path / 'run').load()
     assert state is not None
     assert [row['epoch'] for row in state['rows']] == [1]
 
 
-def test_interruption_of_an_update_comes_at_once(
+@pytest.mark.usefixtures('_ctrl_c')
+def test_a_second_interruption_ends_the_run_at_once(
     second_epoch: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    second_epoch['act'] = lambda loss: signal.raise_signal(signal.SIGINT)
-    # A shell starts what it runs in the background with Ctrl-C ignored.
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        assert run(tmp_path / 'run') == 130
-    finally:
-        signal.signal(signal.SIGINT, before)
-    assert f'continue with --resume {tmp_path / "run"}' in capsys.readouterr().out
+    second_epoch['act'] = lambda loss: [signal.raise_signal(signal.SIGINT) for _ in range(2)]
+    assert run(tmp_path / 'run') == 130
+    assert f'continue with --resume {tmp_path / "run"}' in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    state = CheckpointStore(tmp_path / 'run').load()
+    assert state is not None
+    assert state['update'] == 2
 
 
-def test_ctrl_c_works_as_before_after_a_block_that_waited() -> None:
-    handler = signal.getsignal(signal.SIGINT)
-    done = []
+def test_checkpoints_are_saved_within_an_epoch_when_minutes_have_passed(tmp_path: Path) -> None:
+    names: list[str] = []
+    with pytest.MonkeyPatch.context() as patched:
+        save = CheckpointStore.save
+        patched.setattr(
+            CheckpointStore, 'save', lambda self, name, *args: names.append(name) or save(self, name, *args)
+        )
+        assert run(tmp_path / 'run', '--save-minutes', '1e-9') == 0
+    assert names == [
+        *('epoch-0000-update-0000001', 'epoch-0001', 'epoch-0001-update-0000001', 'epoch-0002'),
+        *('epoch-0002-update-0000001', 'epoch-0003'),
+    ]
+    assert len(list((tmp_path / 'run/checkpoints').iterdir())) <= 2
 
-    def act() -> None:
-        with interrupted_only_after():
-            signal.raise_signal(signal.SIGINT)
-            done.append(True)
 
-    with pytest.raises(KeyboardInterrupt):
-        act()
-    assert done
-    assert signal.getsignal(signal.SIGINT) is handler
+def test_a_finished_run_is_lengthened_and_one_that_gets_no_better_ends(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(tmp_path / 'run') == 0
+    assert main(['finetune', '--resume', str(tmp_path / 'run'), '--epochs', '5']) == 0
+    rows = read_metrics(tmp_path / 'run')
+    assert [row['epoch'] for row in rows] == [1, 2, 3, 4, 5]
+    assert read_config(tmp_path / 'run/config.yaml')['epochs'] == 5
+    assert run(tmp_path / 'short', '--patience', '1', '--monitor', 'test_loss', '--lr', '1e-12', '--epochs', '9') == 0
+    rows = read_metrics(tmp_path / 'short')
+    assert len(rows) < 9
+    assert rows[-1]['test_loss'] >= rows[-2]['test_loss']
+    assert 'the patches have not moved from their grid' in capsys.readouterr().out
+
+
+def test_where_there_is_no_terminal_lines_tell_how_far_it_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(tmp_path / 'run', '--log-every', '1') == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if ': update ' in line]
+    assert len(lines) == 6
+    assert lines[2].startswith('test_apvit 2/3: update 1 of 2, loss 2.')
+    assert lines[2].endswith(' left')
 
 
 def test_two_processes_do_not_train_in_one_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -257,7 +313,8 @@ def test_two_processes_do_not_train_in_one_folder(tmp_path: Path, capsys: pytest
 def test_bad_input_of_another_process_is_told_by_the_main_one(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(command, 'gather_from_processes', lambda problem: [problem, 'expected a device that is there'])
+    problems = ['expected a device that is there']
+    monkeypatch.setattr('accelerate.utils.gather_object', lambda problem: [*problem, *problems])
     assert run(tmp_path / 'run') == 2
     assert capsys.readouterr().err == 'error: process 1: expected a device that is there\n'
     assert not (tmp_path / 'run').exists()

@@ -54,16 +54,22 @@ def test_rejects_folders_without_the_images_they_should_hold(folder: Path, tmp_p
         load_folder(folder)
 
 
-@pytest.mark.parametrize('damage', ['garbage', 'truncated', 'empty'])
-def test_rejects_broken_images_by_name(damage: str, folder: Path) -> None:
-    broken = folder / 'train/dog/1.jpg'
-    content = broken.read_bytes()
-    broken.write_bytes({'garbage': b'no image', 'truncated': content[: len(content) // 2], 'empty': b''}[damage])
-    with pytest.raises(ValueError, match=r'readable images, got a broken one: .*dog/1\.jpg'):
+@pytest.mark.parametrize('damage', ['garbage', 'empty'])
+def test_rejects_what_is_no_image_by_name(damage: str, folder: Path) -> None:
+    (folder / 'train/dog/1.jpg').write_bytes({'garbage': b'no image', 'empty': b''}[damage])
+    with pytest.raises(ValueError, match=r"expected an image file, got '.*dog/1\.jpg', which cannot be read"):
         load_folder(folder)
     (folder / 'val/dog/0.jpg').write_bytes(b'')
     with pytest.raises(ValueError, match=r'and 1 more'):
         load_folder(folder)
+
+
+def test_an_image_that_is_cut_off_is_named_when_it_is_read(folder: Path) -> None:
+    broken = folder / 'train/dog/1.jpg'
+    broken.write_bytes(broken.read_bytes()[: broken.stat().st_size // 2])
+    splits = load_folder(folder)
+    with pytest.raises(ValueError, match=r"expected an image file, got '.*dog/1\.jpg', which cannot be read: .*trunc"):
+        [splits.train[n] for n in range(len(splits.train))]
 
 
 def test_rejects_channels_that_image_files_do_not_have(folder: Path) -> None:
@@ -82,6 +88,56 @@ def test_a_class_is_the_folder_right_below_and_hidden_files_are_left_out(tmp_pat
     splits = load_folder(tmp_path)
     assert splits.label_names == ('a', 'b')
     assert len(splits.train) == len(splits.test) == 3
+
+
+def test_what_pillow_reads_is_an_image_and_the_rest_is_counted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for split in ('train', 'val'):
+        for name in 'ab':
+            (tmp_path / split / name).mkdir(parents=True)
+            for ending in ('gif', 'jfif', 'jpe', 'tif', 'TGA', 'webp'):
+                kind = {'jfif': 'jpeg', 'jpe': 'jpeg', 'tif': 'tiff'}.get(ending, ending)
+                Image.new('RGB', (8, 8)).save(tmp_path / split / name / f'1.{ending}', kind)
+    (tmp_path / 'train/a/notes.txt').write_text('none')
+    (tmp_path / 'train/a/raw.CR9').write_text('none')
+    splits = load_folder(tmp_path)
+    assert [len(splits.train), len(splits.test)] == [12, 12]
+    assert caplog.messages == [
+        f'{tmp_path / "train"}: files that Pillow does not read are left out: 1 of .txt, 1 of .cr9.'
+    ]
+    (tmp_path / 'val/b').rename(tmp_path / 'b')
+    caplog.clear()
+    load_folder(tmp_path)
+    assert f'{tmp_path / "val"} has no images of b, which are not tested.' in caplog.messages
+
+
+def test_links_are_followed_and_each_folder_is_read_once(tmp_path: Path) -> None:
+    for split in ('train', 'val'):
+        for name in 'ab':
+            (tmp_path / split / name / 'inner').mkdir(parents=True)
+            Image.new('RGB', (8, 8)).save(tmp_path / split / name / 'inner/1.png')
+        (tmp_path / split / 'a/inner/back').symlink_to('..')
+        (tmp_path / split / 'b/aside').symlink_to('inner')
+    (tmp_path / 'elsewhere').mkdir()
+    Image.new('RGB', (8, 8)).save(tmp_path / 'elsewhere/2.png')
+    (tmp_path / 'train/c').symlink_to(tmp_path / 'elsewhere')
+    (tmp_path / 'val/c').symlink_to(tmp_path / 'elsewhere')
+    splits = load_folder(tmp_path)
+    assert splits.label_names == ('a', 'b', 'c')
+    assert [len(splits.train), len(splits.test)] == [3, 3]
+
+
+def test_classes_are_numbered_alike_on_every_disk(tmp_path: Path) -> None:
+    names = ['img10', 'img9', '²', 'B', 'b', 'a', '٣', 'img09']
+    for order in (names, names[::-1]):
+        for split in ('train', 'val'):
+            for name in order:
+                (tmp_path / order[0] / split / name).mkdir(parents=True)
+                Image.new('RGB', (8, 8)).save(tmp_path / order[0] / split / name / '1.png')
+    numbered = [load_folder(tmp_path / each).label_names for each in (names[0], names[-1])]
+    assert numbered[0] == numbered[1]
+    assert numbered[0].index('img9') < numbered[0].index('img10')
 
 
 def test_images_of_16_bits_keep_their_contrast(tmp_path: Path) -> None:
@@ -104,6 +160,11 @@ def test_class_map_numbers_the_classes_and_may_name_more(folder: Path, tmp_path:
     names.write_text('dog\nbird\n')
     with pytest.raises(ValueError, match=r'expected classes among .* in .*train.*, got cat'):
         load_folder(folder, class_map=str(names))
+    names.write_bytes('dog\nbird\ncat\n'.encode('utf-8-sig'))
+    assert load_folder(folder, class_map=str(names)).label_names == ('dog', 'bird', 'cat')
+    names.write_bytes('dog\nbird\ncat\n'.encode('utf-16'))
+    with pytest.raises(ValueError, match=r'names of classes in UTF-8, got another encoding in .*names\.txt'):
+        load_folder(folder, class_map=str(names))
     names.write_text('dog\ndog\n')
     with pytest.raises(ValueError, match=r'2 or more names of classes in .*all different'):
         load_folder(folder, class_map=str(names))
@@ -115,10 +176,10 @@ def test_test_images_are_found_with_and_without_training_images(folder: Path) ->
     for image in (folder / 'val/cat').iterdir():
         image.unlink()
     (folder / 'val/cat').rmdir()
-    whole, split = find_test_folder(folder, 'RGB'), find_test_folder(folder / 'val', 'RGB')
+    whole, split = find_test_folder(folder, 3), find_test_folder(folder / 'val', 3)
     assert [label for _, label in whole.samples] == [1, 1, 1]  # of cat and dog
     assert [label for _, label in split.samples] == [0, 0, 0]  # of dog alone
-    named = find_test_folder(folder / 'val', 'RGB', {'cat': 0, 'dog': 1})
+    named = find_test_folder(folder / 'val', 3, {'cat': 0, 'dog': 1})
     assert named.samples == whole.samples
 
 

@@ -1,25 +1,23 @@
-"""One update: pieces, averages, budgets, jitter, precision."""
+"""One update: micro-batches, averages, budgets, jitter, precision."""
 
 from copy import deepcopy
 from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 from timm.utils import ModelEmaV3
 from tiny import a_batch, tiny_learner, tiny_model
 
 from timm_apvit.finetuning.learner import Learner
-from timm_apvit.finetuning.sharing import mirrored_piece
 
 
-def weights_after(updates: int = 3, pieces: int = 1, **changes: Any) -> tuple[list[float], dict[str, torch.Tensor]]:
+def weights_after(updates: int = 3, parts: int = 1, **changes: Any) -> tuple[list[float], dict[str, torch.Tensor]]:
     """Losses and weights after some updates on one batch."""
-    learner = tiny_learner(grad_accum=pieces, **changes)
+    learner = tiny_learner(grad_accum=parts, **changes)
     images, labels = a_batch()
-    losses = []
-    for update in range(updates):
-        batch = [mirrored_piece(list(range(8)), number, pieces) for number in range(pieces)]
-        losses.append(learner.update([(images[piece], labels[piece]) for piece in batch], update).item())
+    micro_batches = [(images[part::parts], labels[part::parts]) for part in range(parts)]
+    losses = [learner.update(micro_batches, update)['loss'].item() for update in range(updates)]
     return losses, learner.model.state_dict()
 
 
@@ -28,26 +26,33 @@ def assert_same(first: Any, second: Any, tolerance: float) -> None:
     torch.testing.assert_close(first[1], second[1], rtol=0, atol=tolerance)
 
 
-@pytest.mark.parametrize('mixes', [{}, {'mixup': 0.8, 'cutmix': 1.0}])
-def test_pieces_give_the_gradients_of_the_whole_batch(mixes: dict[str, float], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_micro_batches_give_the_gradients_of_the_whole_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     gradients: list[list[torch.Tensor]] = []
 
-    def record(parameters: Any, _: float) -> None:
+    def record(_: Any, parameters: Any, norm: float) -> None:
         gradients.append([p.grad.clone() for p in parameters])
 
     # Before they are clipped: clipping and AdamW would hide a wrong scale.
-    monkeypatch.setattr(torch.nn.utils, 'clip_grad_norm_', record)
-    losses = [weights_after(1, pieces, **mixes)[0] for pieces in (1, 4)]
+    monkeypatch.setattr(Accelerator, 'clip_grad_norm_', record)
+    losses = [weights_after(1, parts)[0] for parts in (1, 4)]
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
-    for whole, pieces in zip(*gradients, strict=True):  # sums of float32 in another order
-        assert (whole - pieces).norm() <= 1e-3 * whole.norm() + 1e-6
+    for whole, parts in zip(*gradients, strict=True):  # sums of float32 in another order
+        assert (whole - parts).norm() <= 1e-3 * whole.norm() + 1e-6
     assert max(gradient.abs().max().item() for gradient in gradients[0]) > 0.1
+
+
+def test_updates_mix_differently_and_repeat() -> None:
+    losses, weights = weights_after(mixup=0.8, cutmix=1.0, smoothing=0.1)
+    assert len(set(losses)) == 3
+    assert losses[0] != weights_after(1, smoothing=0.1)[0][0]
+    assert_same(weights_after(mixup=0.8, cutmix=1.0, smoothing=0.1), (losses, weights), 0)
 
 
 def test_checkpointing_changes_memory_alone() -> None:
     assert_same(weights_after(grad_checkpointing=True), weights_after(), 1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings('ignore:The .grad attribute of a Tensor that is not a leaf')  # while tracing
 def test_compiled_blocks_give_the_same_result(monkeypatch: pytest.MonkeyPatch) -> None:
     compiled = []
@@ -69,17 +74,26 @@ def test_bfloat16_is_used_and_weights_stay_in_float32() -> None:
     assert all(value.dtype == torch.float32 for value in weights.values())
 
 
+def test_model_is_given_back_as_it_was() -> None:
+    learner = tiny_learner(amp='bfloat16')
+    learner.update([a_batch()], 0)
+    assert 'forward' in vars(learner.model)
+    learner.release()
+    assert vars(learner.model).get('forward', learner.model.forward) == type(learner.model).forward.__get__(
+        learner.model
+    )
+
+
 def test_average_is_timms_and_what_is_exported() -> None:
     learner = tiny_learner(ema=0.9)
     expected = ModelEmaV3(deepcopy(learner.model), decay=0.9, use_warmup=True)
     for update in range(4):
         learner.update([a_batch()], update)
         expected.update(learner.model, step=update + 1)
-    assert learner.tested_model() is not learner.model
-    torch.testing.assert_close(learner.tested_model().state_dict(), expected.module.state_dict(), rtol=0, atol=0)
-    assert not torch.equal(
-        learner.tested_model().state_dict()['head.weight'], learner.model.state_dict()['head.weight']
-    )
+    tested = learner.tested_model()
+    assert tested is not learner.model
+    torch.testing.assert_close(tested.state_dict(), expected.module.state_dict(), rtol=0, atol=0)
+    assert not torch.equal(tested.state_dict()['head.weight'], learner.model.state_dict()['head.weight'])
 
 
 def test_state_holds_all_that_resumes() -> None:
@@ -91,7 +105,7 @@ def test_state_holds_all_that_resumes() -> None:
     resumed = tiny_learner(**changes)
     resumed.load_state_dict(state)
     for learner in (unbroken, resumed):
-        torch.manual_seed(5)
+        torch.rand(1)
         learner.update([a_batch()], 2)
     for name in ('model', 'ema'):
         torch.testing.assert_close(resumed.state_dict()[name], unbroken.state_dict()[name], rtol=0, atol=0)
@@ -146,3 +160,11 @@ def test_what_is_frozen_stays_and_then_learns() -> None:
     learner.update([a_batch()], 1)
     assert changed('blocks.0.mlp.fc1.weight')
     assert changed('pos_embed')
+
+
+@pytest.mark.parametrize(('name', 'scale'), [('sgd', 0.1), ('adamw', 1.0)])
+def test_optimiser_schedule_and_clipping_are_those_of_the_settings(name: str, scale: float) -> None:
+    learner = tiny_learner(opt=name, sched='poly', clip_grad=0.0, lr=1e-3 * scale)
+    assert type(learner.optimizer.optimizer).__name__.lower() == name
+    learner.update([a_batch()], 0)
+    assert learner.learning_rate == pytest.approx(1e-3 * scale)

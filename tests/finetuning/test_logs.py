@@ -3,14 +3,14 @@
 import csv
 import io
 import json
-import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 from tqdm import tqdm
 
-from timm_apvit.__main__ import main
-from timm_apvit.finetuning.logs import MetricsLog
+from timm_apvit.cli.main import main
+from timm_apvit.finetuning.folder import write_metrics
 from timm_apvit.finetuning.progress import Progress
 
 ROWS = [
@@ -21,9 +21,8 @@ ROWS = [
 
 @pytest.mark.parametrize('number', [1, 2])
 def test_metrics_are_the_same_in_both_files_and_whole(number: int, tmp_path: Path) -> None:
-    log = MetricsLog(tmp_path)
     for written in range(1, number + 1):
-        log.write(ROWS[:written])
+        write_metrics(tmp_path, ROWS[:written])
     assert [json.loads(line) for line in (tmp_path / 'metrics.jsonl').read_text().splitlines()] == ROWS[:number]
     with (tmp_path / 'metrics.csv').open(newline='') as file:
         read = list(csv.DictReader(file))
@@ -31,35 +30,32 @@ def test_metrics_are_the_same_in_both_files_and_whole(number: int, tmp_path: Pat
     assert sorted(path.name for path in tmp_path.iterdir()) == ['metrics.csv', 'metrics.jsonl']
 
 
-def test_tensorboard_shows_every_epoch_once_also_of_a_resumed_run(tmp_path: Path) -> None:
-    pytest.importorskip('tensorboard', reason='the log is one for TensorBoard')
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    for last in (1, 2):  # two processes
-        log = MetricsLog(tmp_path, tensorboard=True)
-        for number in range(1, last + 1):
-            log.write(ROWS[:number])
-        log.close()
-    shown = EventAccumulator(str(tmp_path / 'tensorboard'))
-    shown.Reload()
-    assert set(shown.Tags()['scalars']) == {'lr', 'test_top1', 'test_top1_16'}
-    events = [(event.step, round(event.value, 6)) for event in shown.Scalars('test_top1')]
-    assert events == [(1, 0.25), (2, 0.333333)]
-
-
-def test_command_writes_for_tensorboard_or_names_what_is_missing(
+@pytest.mark.slow
+def test_a_tracker_has_every_epoch_once_also_of_a_resumed_run(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pytest.importorskip('tensorboard', reason='the log is one for TensorBoard')
+    pytest.importorskip('tensorboard', reason='the tracker is TensorBoard')
+    from tensorboard.backend.event_processing.event_multiplexer import EventMultiplexer
+
     tiny = '--model test_apvit --img-size 32 --num-patches 2 --samples 8 --test-samples 8 --batch-size 8 --epochs 1'
-    command = ['finetune', *tiny.split(), '--no-twin', '--device', 'cpu', '--tensorboard', '--output']
+    command = ['finetune', *tiny.split(), '--twin', '--device', 'cpu', '--log-with', 'tensorboard', '--output']
     assert main([*command, str(tmp_path / 'run')]) == 0
-    assert len(list((tmp_path / 'run/tensorboard').iterdir())) == 1
-    assert (tmp_path / 'run/metrics.csv').read_text().startswith('epoch,lr,train_loss,test_loss,test_top1,seconds\n1,')
-    monkeypatch.setitem(sys.modules, 'tensorboard', None)
+    assert main(['finetune', '--resume', str(tmp_path / 'run'), '--epochs', '2']) == 0
+    shown = EventMultiplexer().AddRunsFromDirectory(str(tmp_path / 'run')).Reload()
+    events = [
+        (name, e.step)
+        for run in shown.Runs()
+        for name in shown.Runs()[run]['scalars']
+        for e in shown.Scalars(run, name)
+    ]
+    for name in ('test_apvit/test_top1', 'fixed grid/test_top1', 'test_apvit/patch_shift'):
+        assert sorted(step for each, step in events if each == name) == [1, 2]
+    monkeypatch.setattr(
+        'importlib.util.find_spec', lambda name, find=find_spec: None if name == 'wandb' else find(name)
+    )
     capsys.readouterr()
-    assert main([*command, str(tmp_path / 'other')]) == 2
-    assert "--tensorboard needs tensorboard: pip install 'timm-apvit[tensorboard]'" in capsys.readouterr().err
+    assert main(['finetune', *tiny.split(), '--log-with', 'wandb', '--output', str(tmp_path / 'other')]) == 2
+    assert '--log-with wandb needs its package: pip install wandb' in capsys.readouterr().err
     assert not (tmp_path / 'other').exists()
 
 
@@ -67,7 +63,7 @@ def test_progress_tells_images_loss_and_the_time_left(monkeypatch: pytest.Monkey
     now, terminal = [0.0], io.StringIO()
     options = {'disable': False, 'file': terminal, 'mininterval': 0, 'ncols': 200, 'dynamic_ncols': False}
     monkeypatch.setattr('tqdm.tqdm', lambda **given: tqdm(**{**given, **options}))
-    progress = Progress('apvit_small', updates=4, images=64, epochs=range(1, 3), clock=lambda: now[0])
+    progress = Progress('apvit_small', updates=4, images=64, epochs=3, done=4, clock=lambda: now[0])
     with progress.epoch(1):
         for loss in (None, 2.5, None):
             now[0] += 10

@@ -9,10 +9,10 @@ import torch
 from safetensors.torch import save_file
 
 import timm_apvit
-from timm_apvit.finetuning.models import classes_of_checkpoint, start_model
-from timm_apvit.finetuning.options import Options
+from timm_apvit.finetuning.models import classes_of_checkpoint, start_model, with_images
+from timm_apvit.finetuning.settings import Settings
 
-BASE = Options(model='test_apvit', img_size=32, model_kwargs={'depth': 1})
+BASE = Settings(model='test_apvit', img_size=32, model_kwargs={'depth': 1})
 
 
 @pytest.fixture
@@ -54,10 +54,31 @@ def test_weights_without_a_classifier(vit: torch.nn.Module, tmp_path: Path) -> N
 def test_saved_model_knows_its_classes(tmp_path: Path) -> None:
     model = timm.create_model('test_apvit', img_size=32, depth=1, num_classes=4)
     timm_apvit.save_pretrained(model, tmp_path / 'saved')
-    options = Options(model=f'local-dir:{tmp_path / "saved"}', pretrained=True)
+    options = Settings(model=f'local-dir:{tmp_path / "saved"}', pretrained=True)
     kept = start_model(options, 4)
     assert kept.knows_classes
     assert torch.equal(kept.model.head.weight, model.head.weight)
     assert 'has 4 classes, the data have 6' in start_model(options, 6).notes[0]
     untrained = start_model(replace(options, pretrained=False), 4)
     assert untrained.notes == (f'the model starts untrained; --pretrained takes the weights of {options.model}',)
+
+
+def test_weights_one_level_deeper_are_named_by_their_key(vit: torch.nn.Module, tmp_path: Path) -> None:
+    torch.save({'teacher': vit.state_dict(), 'epoch': 3}, tmp_path / 'dino.pth')
+    with pytest.raises(ValueError, match="one level deeper, under 'teacher': save one of these"):
+        classes_of_checkpoint(str(tmp_path / 'dino.pth'))
+
+
+def test_weights_of_another_width_are_refused_by_key_and_shapes(tmp_path: Path) -> None:
+    wider = timm.create_model('test_vit', img_size=32, depth=1, embed_dim=128)
+    save_file(wider.state_dict(), tmp_path / 'wider.safetensors')
+    with pytest.raises(ValueError, match=r'size mismatch for cls_token: .*\[1, 1, 128\].*\[1, 1, 64\]'):
+        start_model(replace(BASE, checkpoint=str(tmp_path / 'wider.safetensors')), 5)
+
+
+def test_mean_and_std_are_those_given_and_saved(tmp_path: Path) -> None:
+    settings = replace(BASE, mean=[0.1], std=[0.2, 0.3, 0.4], crop_pct=0.5)
+    model = with_images(start_model(settings, 5).model, settings)
+    timm_apvit.save_pretrained(model, tmp_path / 'saved')
+    config = timm.create_model(f'local-dir:{tmp_path / "saved"}', pretrained=True).pretrained_cfg
+    assert [list(config['mean']), list(config['std']), config['crop_pct']] == [[0.1] * 3, [0.2, 0.3, 0.4], 0.5]

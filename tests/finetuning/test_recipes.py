@@ -7,30 +7,26 @@ from pathlib import Path
 import pytest
 import torch
 
-from timm_apvit.__main__ import main
+from timm_apvit.cli.main import PROGRAM, make_parser
 from timm_apvit.finetuning.config import with_config
-from timm_apvit.finetuning.evaluate import multiply_adds
+from timm_apvit.finetuning.evaluation import multiply_adds
 from timm_apvit.finetuning.models import create_model
-from timm_apvit.finetuning.options import Options, add_arguments
-from timm_apvit.finetuning.preparation import with_defaults
-from timm_apvit.finetuning.soundness import check_options
-from timm_apvit.finetuning.sources import check
+from timm_apvit.finetuning.preparation import check_settings, with_defaults
+from timm_apvit.finetuning.settings import Settings
 
 RECIPE = Path(__file__).parents[2] / 'benchmarks/recipes/imagenet1k.yaml'
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('size', ['small', 'base', 'large'])
-def test_imagenet_recipe_is_sound_and_costs_what_it_says(size: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_imagenet_recipe_is_sound_and_costs_what_it_says(size: str) -> None:
     text = RECIPE.read_text()
     # The words that the recipe's own comments add for this model.
     more = '' if size == 'small' else re.search(rf'#     (--model apvit_{size}.*)\n', text)[1]  # type: ignore[index]
-    given: list[dict[str, object]] = []
-    take = ('finetune', 'note the options', add_arguments, lambda options: given.append(options) or 0)
-    monkeypatch.setattr('timm_apvit.__main__.COMMANDS', (take,))
-    assert main(['finetune', '/data/imagenet', '--config', str(RECIPE), *shlex.split(more)]) == 0
-    options = Options(**with_config(given[0]))
-    check_options(options)
-    check(options)
+    words = ['finetune', '/data/imagenet', '--config', str(RECIPE), *shlex.split(more)]
+    given = vars(make_parser(PROGRAM).parse_args(words))
+    options = Settings(**with_config({name: value for name, value in given.items() if name != 'command'}))
+    check_settings(options)
     assert options.model == f'apvit_{size}.augreg_in21k_ft_in1k'
     assert with_defaults(options).lr == options.lr == 1e-5
 

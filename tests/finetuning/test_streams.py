@@ -3,6 +3,7 @@
 import io
 import json
 import tarfile
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,9 @@ import torch
 from images import QUIET, collected_files, load  # noqa: F401
 from PIL import Image
 
-from timm_apvit.__main__ import main
-from timm_apvit.finetuning.data import AnySamples, Splits, create_batches, some_samples
-from timm_apvit.finetuning.distributed import own_share
-from timm_apvit.finetuning.sharing import Share
+from timm_apvit.cli.main import main
+from timm_apvit.finetuning.batches import AnySamples, Division, Splits, batches_to_test, batches_to_train, some_samples
+from timm_apvit.finetuning.streams import Stream
 
 SHARDS, PER_SHARD = 4, 5
 TINY = '--model test_apvit --img-size 32 --num-patches 2 --epochs 1 --batch-size 4 --device cpu'
@@ -64,8 +64,11 @@ def identities(images: torch.Tensor) -> list[int]:
 
 def read(samples: AnySamples, epoch: int, batch_size: int, workers: int = 0) -> tuple[list[int], list[int]]:
     """Which images an epoch has, in order, and the sizes of its batches."""
-    loader = create_batches(samples, epoch, batch_size, shuffle=True, workers=workers, share=own_share())
-    batches = [images for images, _ in loader]
+    if isinstance(samples, Stream) and not samples.is_training:
+        batches = [images for images, _ in batches_to_test(samples, batch_size, workers)]
+    else:
+        loader = batches_to_train(samples, epoch, batch_size, workers=workers)
+        batches = [images for images, _ in islice(loader, len(samples) // batch_size)]
     return [n for images in batches for n in identities(images)], [len(images) for images in batches]
 
 
@@ -77,8 +80,6 @@ def test_an_epoch_of_a_stream_has_whole_batches_whatever_the_workers(
     assert not caplog.records
     assert splits.label_names == ('0', '1')
     assert len(splits.train) == 20
-    assert len(create_batches(splits.train, 0, 6, shuffle=True, workers=workers)) == 3
-    assert len(create_batches(splits.train, 0, 6, shuffle=True, share=Share(pieces=2))) == 6
     seen, sizes = read(splits.train, 0, 6, workers)
     assert sizes == [6, 6, 6]
     assert max(seen) < 20
@@ -86,8 +87,13 @@ def test_an_epoch_of_a_stream_has_whole_batches_whatever_the_workers(
         assert len(set(seen)) == 18
     else:  # a worker whose shards are used up reads them again
         assert len(set(seen)) > 10
-    for images, labels in create_batches(splits.train, 1, 4, workers=workers):
+    for images, labels in islice(batches_to_train(splits.train, 1, 4, workers=workers), 5):
         assert [n % 2 for n in identities(images)] == labels.tolist()
+
+
+def test_micro_batches_of_a_stream_are_as_large_as_others(shards: dict[str, Any]) -> None:
+    loader = batches_to_train(load(**shards).train, 0, 6, Division(accumulated=2))
+    assert [len(images) for images, _ in islice(loader, 6)] == [3] * 6
 
 
 def test_workers_share_the_shards(shards: dict[str, Any]) -> None:
@@ -100,7 +106,8 @@ def test_an_epoch_of_a_stream_is_a_function_of_seed_and_epoch(workers: int, shar
     shards.pop('no_aug')
 
     def epoch(splits: Splits, number: int) -> torch.Tensor:
-        return torch.cat([images for images, _ in create_batches(splits.train, number, 4, workers=workers)])
+        loader = batches_to_train(splits.train, number, 4, workers=workers)
+        return torch.cat([images for images, _ in islice(loader, 5)])
 
     unbroken = load(**shards)
     first, second = (epoch(unbroken, number) for number in (0, 1))
@@ -129,8 +136,6 @@ def test_processes_share_the_shards_of_training_and_test(
     seen: dict[str, list[int]] = {'train': [], 'test': []}
 
     def start(rank: int, world: int) -> None:
-        for name, value in (('RANK', rank), ('WORLD_SIZE', world), ('LOCAL_RANK', rank)):
-            monkeypatch.setenv(name, str(value))
         # timm's readers ask torch.
         for name, result in (('is_initialized', True), ('get_rank', rank), ('get_world_size', world)):
             monkeypatch.setattr(torch.distributed, name, lambda result=result: result)
@@ -138,10 +143,9 @@ def test_processes_share_the_shards_of_training_and_test(
     for rank in range(3):
         start(rank, 3)
         splits = load(**shards)
-        assert len(create_batches(splits.train, 0, 6, shuffle=True, share=own_share())) == 3  # of 2 images each
-        seen['train'] += read(splits.train, 0, 6)[0]
-        batches = create_batches(splits.test, 0, 2, share=own_share())
-        seen['test'] += [n for images, _ in batches for n in identities(images)]
+        loader = batches_to_train(splits.train, 0, 6, Division(rank, 3))
+        seen['train'] += [n for images, _ in islice(loader, 3) for n in identities(images)]
+        seen['test'] += [n for images, _ in batches_to_test(splits.test, 2) for n in identities(images)]
     assert sorted(seen['test']) == list(range(20))
     # A process without as many images as its share of an epoch reads its shards again.
     assert len(seen['train']) == 18
@@ -201,7 +205,7 @@ def test_a_stream_without_the_images_it_declares_is_an_error(shards: dict[str, A
     for path in (tmp_path / 'shards').glob('train-*.tar'):
         with tarfile.open(path, 'w'):
             pass
-    with pytest.raises(RuntimeError, match='expected 20 images from the shards of a worker, got 0'):
+    with pytest.raises(RuntimeError, match='expected images for training in the shards of a worker, got none'):
         read(splits.train, 0, 5)
 
 
@@ -211,6 +215,7 @@ def arguments_of(shards: dict[str, Any]) -> list[str]:
     return ['wds/', *(word for name in names for word in (f'--{name.replace("_", "-")}', str(shards[name])))]
 
 
+@pytest.mark.slow
 def test_command_trains_on_shards_and_resumes_at_the_beginning_of_an_epoch(
     shards: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -11,13 +11,12 @@ from conftest import randomise
 from safetensors.torch import load_file, save_file
 
 import timm_apvit
-from timm_apvit.finetuning.learner import Distillation
 from timm_apvit.finetuning.models import start_model
-from timm_apvit.finetuning.options import Options
-from timm_apvit.finetuning.teachers import create_distillation
+from timm_apvit.finetuning.settings import Settings
+from timm_apvit.finetuning.teachers import create_teacher
 from timm_apvit.pictures.images import image_config
 
-BASE = Options(model='test_apvit', img_size=32, num_patches=(2,), model_kwargs={'depth': 2})
+BASE = Settings(model='test_apvit', img_size=32, num_patches=(2,), model_kwargs={'depth': 2})
 
 
 @pytest.fixture(scope='module')
@@ -33,18 +32,18 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def distillation(files: Path, **options: Any) -> Distillation:
+def distillation(files: Path, **options: Any) -> Any:
     options = {key: value.format(files) if isinstance(value, str) else value for key, value in options.items()}
     settled = replace(BASE, **options)
     start = start_model(settled, 10)
-    made = create_distillation(settled, start, image_config(start.model))
+    made = create_teacher(settled, start, image_config(start.model))
     assert made is not None
     return made
 
 
 def test_no_teacher_no_distillation() -> None:
     start = start_model(BASE, 10)
-    assert create_distillation(BASE, start, image_config(start.model)) is None
+    assert create_teacher(BASE, start, image_config(start.model)) is None
 
 
 def test_self_is_the_dense_vit_of_the_starting_weights(files: Path) -> None:
@@ -52,25 +51,25 @@ def test_self_is_the_dense_vit_of_the_starting_weights(files: Path) -> None:
     vit = timm.create_model('test_vit', img_size=32, depth=2, num_classes=10).eval()
     vit.load_state_dict(load_file(files / '10.safetensors'))
     images = torch.randn(2, 3, 32, 32)
-    lesson = made.teacher(images, attention=True)
-    torch.testing.assert_close(lesson.logits, vit(images), rtol=1e-3, atol=1e-3)
-    assert lesson.grid == (2, 2)
-    assert made.weights == (0.5, 1.0, 0.0, 0.0)
+    taught = made[0](images, attention=True)
+    torch.testing.assert_close(taught.logits, vit(images), rtol=1e-3, atol=1e-3)
+    assert taught.grid == (2, 2)
+    assert made[1] == (0.5, 1.0, 0.0, 0.0)
 
 
 def test_a_new_classifier_teaches_tokens_in_place_of_logits(files: Path) -> None:
     made = distillation(files, teacher='self', checkpoint='{}/3.safetensors')
-    assert made.weights == (0.0, 1.0, 1.0, 0.0)
-    assert distillation(files, teacher='{}/3.safetensors', token_weight=0.3).weights == (0.0, 1.0, 0.3, 0.0)
+    assert made[1] == (0.0, 1.0, 1.0, 0.0)
+    assert distillation(files, teacher='{}/3.safetensors', token_weight=0.3)[1] == (0.0, 1.0, 0.3, 0.0)
 
 
 def test_a_checkpoint_and_a_folder_teach(files: Path) -> None:
     made = distillation(files, teacher='{}/10.safetensors', attention_weight=0.1, distill_temperature=2.0)
-    assert made.weights == (0.5, 2.0, 0.0, 0.1)
-    assert made.teacher(torch.randn(1, 3, 32, 32), attention=True).grid == (2, 2)
+    assert made[1] == (0.5, 2.0, 0.0, 0.1)
+    assert made[0](torch.randn(1, 3, 32, 32), attention=True).grid == (2, 2)
     narrow = distillation(files, teacher='local-dir:{}/narrow')
-    assert narrow.weights == (0.5, 1.0, 0.0, 0.0)
-    assert narrow.teacher.shift.flatten().tolist() == pytest.approx([0.4 / 0.5, 0.3 / 0.5, 0.2 / 0.5])
+    assert narrow[1] == (0.5, 1.0, 0.0, 0.0)
+    assert narrow[0].shift.flatten().tolist() == pytest.approx([0.4 / 0.5, 0.3 / 0.5, 0.2 / 0.5])
 
 
 @pytest.mark.parametrize(
@@ -98,6 +97,6 @@ def test_rejects_attention_of_other_architectures(files: Path, monkeypatch: pyte
     monkeypatch.setattr(
         timm, 'create_model', lambda name, *a, **k: convnet if name == 'test_resnet' else create(name, *a, **k)
     )
-    assert distillation(files, teacher='test_resnet').weights.logits == 0.5
+    assert distillation(files, teacher='test_resnet')[1].logits == 0.5
     with pytest.raises(ValueError, match=r"one of timm's VisionTransformers .* got a ResNet"):
         distillation(files, teacher='test_resnet', attention_weight=1.0)

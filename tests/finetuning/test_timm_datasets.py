@@ -3,6 +3,7 @@
 import json
 import struct
 import sys
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,8 @@ import pytest
 import torch
 from images import QUIET, collected_files, load, write_images  # noqa: F401
 
-from timm_apvit.__main__ import main
-from timm_apvit.finetuning.data import create_batches
+from timm_apvit.cli.main import main
+from timm_apvit.finetuning.batches import batches_to_test, batches_to_train
 
 TINY = '--model test_apvit --img-size 32 --num-patches 2 --epochs 1 --batch-size 4 --device cpu'
 
@@ -74,11 +75,10 @@ def test_datasets_of_the_hub(reader: str, hub_folder: str, tmp_path: Path) -> No
     splits = load(data=f'{reader}/{hub_folder}', data_dir=str(tmp_path / 'cache'), **told)
     assert splits.label_names == (('0', '1') if stream else ('cat', 'dog'))
     assert [len(splits.train), len(splits.test)] == [6, 6]
-    batches = list(create_batches(splits.train, 0, 3, shuffle=True))
+    batches = list(islice(batches_to_train(splits.train, 0, 3), 2))
     assert [images.shape for images, _ in batches] == [(3, 3, 24, 24)] * 2
     assert (
-        sorted(label for _, labels in create_batches(splits.test, 0, 4) for label in labels.tolist())
-        == [0] * 3 + [1] * 3
+        sorted(label for _, labels in batches_to_test(splits.test, 4) for label in labels.tolist()) == [0] * 3 + [1] * 3
     )
 
 
@@ -117,6 +117,7 @@ def test_missing_package_is_named(reader: str, module: str, monkeypatch: pytest.
         ({'data': 'torch/nothing', 'data_dir': '.'}, "cannot read split 'train' of torch/nothing"),
         ({'data': 'photographs', 'no_aug': True, 'hflip': 0.1}, 'expected --no-aug or --hflip, got both'),
         ({'data': 'photographs', 'scale': (1.0, 0.5)}, 'expected --scale MIN MAX with MIN <= MAX, got 1 0.5'),
+        ({'data': 'photographs', 'aa': 'rand-foo'}, "--aa of sections such as rand-m9.*, got 'rand-foo'"),
         ({'data': 'photographs', 'aa': 'nonsense'}, "cannot make the augmentation of auto_augment='nonsense'"),
     ],
 )

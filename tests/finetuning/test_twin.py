@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 import timm_apvit
-from timm_apvit.finetuning.twin import create_twin, fixed_grid
+from timm_apvit.finetuning.baseline import create_baseline, fixed_grid
 
 
 def make(**kwargs: object) -> timm_apvit.APViT:
@@ -21,12 +21,12 @@ def make(**kwargs: object) -> timm_apvit.APViT:
 def test_twin_of_a_new_model_at_the_full_grid_is_that_model() -> None:
     model = make(img_size=64, class_token=False, global_pool='avg')
     images = torch.randn(2, 3, 64, 64)
-    torch.testing.assert_close(create_twin(model).eval()(images), model(images), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(create_baseline(model).eval()(images), model(images), rtol=1e-4, atol=1e-4)
 
 
 def test_twin_sees_the_image_made_smaller() -> None:
     model = make(img_size=(64, 96), patch_size=8, num_patches=(2, 4), max_shift=0.5, drop_path_rate=0.2)
-    twin = create_twin(model).eval()
+    twin = create_baseline(model).eval()
     assert not isinstance(twin, timm_apvit.APViT)
     assert twin.patch_embed.img_size == (16, 32)
     assert twin.patch_embed.num_patches == 8
@@ -39,7 +39,7 @@ def test_twin_sees_the_image_made_smaller() -> None:
 
 def test_twin_shares_no_storage_with_the_model() -> None:
     model = make(img_size=64)
-    twin = create_twin(model)
+    twin = create_baseline(model)
     with torch.no_grad():
         for parameter in twin.parameters():
             parameter.zero_()

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from timm_apvit.finetuning.data import Samples
+from timm_apvit.finetuning.samples import Samples
 
 # Of an object: y and x of its top left corner and its side, in pixels.
 Box = tuple[int, int, int]

@@ -1,52 +1,43 @@
-"""Configuration files: the options of a run, in YAML or JSON, by the names that they have on the command line."""
+"""Configuration files: the settings of a run, in YAML or JSON, by the names that they have on the command line."""
 
 import argparse
 import difflib
 import json
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import yaml
 
 from timm_apvit import __version__
-from timm_apvit.failures import first_line
-from timm_apvit.finetuning.checkpoints import CONFIG_FILE
-from timm_apvit.finetuning.options import CHANGEABLE_OPTIONS, REMOVED_OPTIONS, RUNTIME_OPTIONS, Options, add_arguments
-from timm_apvit.finetuning.parsing import flag, format_budget
+from timm_apvit.failures import one_line
+from timm_apvit.finetuning.settings import CONFIG_FILE, FIELDS, REMOVED, SAVED, Settings
+from timm_apvit.finetuning.values import flag, format_budget
 
-NAMES = tuple(field.name for field in fields(Options) if field.name != 'resume')
-
-
-class _Parser(argparse.ArgumentParser):
-    """A parser that raises its errors."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(message)
+# Where data and classes lie may change when a run goes on, if what lies there does not.
+MOVABLE = ('data', 'data_dir', 'class_map')
 
 
-def config_text(options: Options) -> str:
-    """The options that make a run what it is, as a configuration file that repeats it.
+def config_text(settings: Settings) -> str:
+    """The settings that make a run what it is, as a configuration file that repeats it.
 
     Raises:
         TypeError: a file cannot hold an argument of the model.
     """
-    values = {name: value for name, value in asdict(options).items() if name not in RUNTIME_OPTIONS}
+    values = {name: value for name, value in asdict(settings).items() if name in SAVED}
     if values['num_patches'] is not None:
-        values['num_patches'] = ','.join(map(format_budget, values['num_patches']))
-    text = yaml.safe_dump(json.loads(json.dumps(values)), sort_keys=False, default_flow_style=None, width=120)
+        budgets = values['num_patches']
+        values['num_patches'] = budgets[0] if isinstance(budgets[0], dict) else ','.join(map(format_budget, budgets))
+    written = yaml.safe_dump(json.loads(json.dumps(values)), sort_keys=False, default_flow_style=None, width=120)
     return (
         f'# Written by timm-apvit {__version__}. It repeats the run:\n'
-        f'#     python -m timm_apvit finetune --config {CONFIG_FILE} --output NEW\n'
-        f'# null: what the model, the data or timm have of their own.\n{text}'
+        f'#     timm-apvit finetune --config {CONFIG_FILE} --output NEW\n'
+        f'# null: what the model, the data or timm have of their own.\n{written}'
     )
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """Read a configuration file.
-
-    Returns:
-        Options as the command line would give them; None: the file has null for it.
+    """Read settings from a YAML or JSON file, checked as those of the command line are; None: the file has null.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -55,21 +46,35 @@ def read_config(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f'expected a configuration file, got {str(path)!r}, which is not a file')
     try:
-        text = path.read_text()
-        values = json.loads(text) if path.suffix == '.json' else yaml.safe_load(text)
+        written = path.read_text(encoding='utf-8-sig')
+        values = json.loads(written) if path.suffix == '.json' else yaml.safe_load(written)
     except (ValueError, yaml.YAMLError) as error:
-        raise ValueError(f'expected YAML or JSON, got a damaged {path}: {first_line(error)}') from error
+        raise ValueError(f'expected YAML or JSON, got a damaged {path}: {one_line(error)}') from error
     if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
         raise ValueError(f'expected names of options and their values in {path}, got {type(values).__name__}')
     named = {name.replace('-', '_'): value for name, value in values.items()}
-    if unknown := sorted(set(named) - set(NAMES) - REMOVED_OPTIONS.keys()):
+    if removed := [name for name in named if name in REMOVED and named[name] not in (None, False)]:
+        raise ValueError(f'{path}: {flag(removed[0])} was removed: {REMOVED[removed[0]]}')
+    if unknown := sorted(named.keys() - FIELDS.keys() - REMOVED.keys() | named.keys() & {'resume'}):
         raise ValueError(f'expected names of options in {path}, got {", ".join(map(_suggest, unknown))}')
-    parser = _Parser(add_help=False, allow_abbrev=False)
-    add_arguments(parser)
+    return {name: _read(path, name, value) for name, value in named.items() if name in FIELDS}
+
+
+def _read(path: Path, name: str, value: Any) -> Any:
+    """A value of a file, as the command line would give it."""
+    if value is None:
+        return None
+    about = FIELDS[name].metadata
+    several = about['argparse'].get('nargs')
     try:
-        return {name: None if value is None else _parsed(parser, name, value) for name, value in named.items()}
-    except ValueError as error:
-        raise ValueError(f'{path}: {error}') from None
+        if several is None:
+            return about['kind'](value)
+        if not isinstance(value, list) or (isinstance(several, int) and len(value) != several):
+            length = 'values' if several == '+' else several
+            raise argparse.ArgumentTypeError(f'expected a list of {length}, got {value!r}')
+        return [about['kind'](each) for each in value]
+    except argparse.ArgumentTypeError as error:
+        raise ValueError(f'{path}: {name}: {error}') from None
 
 
 def with_config(given: dict[str, Any]) -> dict[str, Any]:
@@ -88,8 +93,8 @@ def with_config(given: dict[str, Any]) -> dict[str, Any]:
     return {**read, **own, **(both if both['model_kwargs'] else {})}
 
 
-def resumed_options(directory: Path, given: dict[str, Any]) -> Options:
-    """Options of a run with those given now, which must not contradict it.
+def resumed_settings(directory: Path, given: dict[str, Any]) -> Settings:
+    """Settings of a run with those given now, which must not contradict it.
 
     Raises:
         FileNotFoundError: not the directory of a run.
@@ -99,15 +104,15 @@ def resumed_options(directory: Path, given: dict[str, Any]) -> Options:
     if not path.is_file():
         raise FileNotFoundError(f'expected the folder of a run, which holds {CONFIG_FILE}, got {str(directory)!r}')
     saved = read_config(path)
-    if missing := sorted(set(NAMES) - set(saved) - RUNTIME_OPTIONS):
+    if missing := sorted(set(SAVED) - set(saved)):
         raise ValueError(f'expected the options of a run in {path}, got none for {", ".join(missing)}')
-    free = RUNTIME_OPTIONS | CHANGEABLE_OPTIONS
+    free = [name for name in given if FIELDS[name].metadata['resume'] is not None or name in MOVABLE]
     differing = [name for name in given if name not in free and not _agree(saved[name], given[name])]
     if differing:
         texts = [f'{flag(name)} {_shown(given[name])} (the run has {_shown(saved[name])})' for name in differing]
         raise ValueError(f'expected the options of the run that is resumed, got {", ".join(texts)}')
-    own = {name: value for name, value in saved.items() if value is not None and name not in RUNTIME_OPTIONS}
-    return Options(**{**own, **{name: value for name, value in given.items() if name in free}})
+    own = {name: value for name, value in saved.items() if value is not None and name in SAVED}
+    return Settings(**{**own, **{name: given[name] for name in free}})
 
 
 def _agree(saved: Any, given: Any) -> bool:
@@ -125,41 +130,5 @@ def _shown(value: Any) -> str:
 
 def _suggest(name: str) -> str:
     """An unknown name, and the known ones that are nearest."""
-    nearest = difflib.get_close_matches(name, NAMES, cutoff=0.5)
+    nearest = difflib.get_close_matches(name, FIELDS, cutoff=0.5)
     return f'{name!r}' + (f' (did you mean {" or ".join(nearest)}?)' if nearest else '')
-
-
-def _parsed(parser: argparse.ArgumentParser, name: str, value: Any) -> Any:
-    """The value of an option out of a file, parsed as on the command line."""
-    if name == 'data':
-        if not isinstance(value, str):
-            raise ValueError(f'expected data to be a folder or the name of a dataset, got {value!r}')
-        return value
-    option = flag(name)
-    if isinstance(value, bool):
-        parser.parse_args([option])  # which raises unless it is a flag
-        return value
-    if isinstance(value, dict):
-        words = [option, *(f'{key}={_tuples(item)!r}' for key, item in value.items())] if value else []
-    elif isinstance(value, list) and name != 'num_patches':
-        words = [option, *map(str, value)]
-    else:
-        words = [f'{option}={_text(value)}']
-    parsed = vars(parser.parse_args(words))
-    if not parsed.keys() <= {name}:
-        raise ValueError(f'expected one value for {name}, got {value!r}')
-    return parsed.get(name, {})
-
-
-def _text(value: Any) -> str:
-    """A value as the command line has it; a list is one of budgets."""
-    if not isinstance(value, list):
-        return str(value)
-    return ','.join('x'.join(map(str, each)) if isinstance(each, list) else str(each) for each in value)
-
-
-def _tuples(value: Any) -> Any:
-    """A value of a file, with tuples for its lists, as arguments of models have them."""
-    if isinstance(value, dict):
-        return {key: _tuples(item) for key, item in value.items()}
-    return tuple(_tuples(item) for item in value) if isinstance(value, list) else value

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from timm_apvit.finetuning.batches import Splits
 from timm_apvit.finetuning.clutter import ClutteredObjects
-from timm_apvit.finetuning.data import Splits
 
 # The test digits are the same whatever the seed of a run, so that no run is tested on digits another was trained on.
 SPLIT_SEED = 0

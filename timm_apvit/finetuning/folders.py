@@ -1,105 +1,161 @@
-"""Folders of images to fine-tune on, checked before any long work."""
+"""Folders of images, as people have them: split / class / anything / image."""
 
+import logging
+import os
+import re
+import warnings
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from PIL import Image
-from timm.utils.misc import natural_key
-from torch.utils.data import Dataset
-from torchvision.datasets.folder import IMG_EXTENSIONS, has_file_allowed_extension, make_dataset
+
+from timm_apvit.pictures.images import eight_bit, opened, unreadable
 
 TRAIN_FOLDERS = ('train', 'training')
-TEST_FOLDERS = ('val', 'validation', 'valid', 'test', 'eval')
-# Up to this many images are decoded before training starts; of more, only the headers are read.
-MAX_DECODED = 20_000
+TEST_FOLDERS = ('val', 'validation', 'test', 'testing')
+
+_logger = logging.getLogger(__name__)
 
 
-class ImageFiles(Dataset[tuple[Any, int]]):
-    """Image files and their labels: ``files[index]`` -> transformed image, label.
+def natural_key(name: str) -> tuple[list[str | int], str]:
+    """A total order in which ``9`` comes before ``10``, whatever the disk's own."""
+    return [int(part) if part.isdecimal() else part.lower() for part in re.split(r'(\d+)', name)], name
 
-    A class is the folder right below, whatever is nested in it; what is hidden is left out. timm's own dataset takes
-    every nested folder for a class, leaves files open, and replaces a broken image by its neighbour.
+
+class ImageFiles:
+    """The images of a folder: ``files[index]`` -> transformed image, label. A class is the folder right below.
+
+    What Pillow reads is an image. Hidden files and folders are left out, and a folder that links lead to again; how
+    many others are left out is logged.
 
     Args:
-        folder: one sub-folder per class.
-        mode: Pillow's, ``'RGB'`` or ``'L'``.
-        class_to_idx: numbers of the classes; default: in order of their names.
+        folder: with a folder for each class.
+        in_chans: channels, 1 or 3.
+        class_to_idx: numbers of the classes; default: in order of their names, in which ``9`` comes before ``10``.
     """
 
-    def __init__(self, folder: Path, mode: str, class_to_idx: dict[str, int] | None = None) -> None:
+    def __init__(self, folder: Path, in_chans: int, class_to_idx: dict[str, int] | None = None) -> None:
+        self.folder, self.in_chans = folder, in_chans
+        self.transform: Any = None
+        names = [path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith('.')]
+        self.held = set(names)
         if class_to_idx is None:
-            names = (path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith('.'))
-            class_to_idx = {name: n for n, name in enumerate(sorted(names, key=natural_key))}
-
-        def is_shown_image(path: str) -> bool:
-            parts = Path(path).relative_to(folder).parts
-            return has_file_allowed_extension(path, IMG_EXTENSIONS) and not any(p.startswith('.') for p in parts)
-
+            class_to_idx = {name: number for number, name in enumerate(sorted(names, key=natural_key))}
         self.class_to_idx = class_to_idx
         self.samples: list[tuple[str, int]] = []
-        if class_to_idx:
-            self.samples = make_dataset(folder, class_to_idx, is_valid_file=is_shown_image, allow_empty=True)
-        self.mode = mode
-        self.transform: Any = None
+        readable = endings()
+        left_out: Counter[str] = Counter()
+        root = os.path.realpath(folder)
+        seen = {root}
+        for through_links in (False, True):  # what lies in a class is of that class, wherever links to it are
+            for name in sorted(self.held & class_to_idx.keys(), key=natural_key):
+                for path in _files(folder / name, root, seen, through_links):
+                    ending = path.suffix.lower()
+                    if ending in readable:
+                        self.samples.append((str(path), class_to_idx[name]))
+                    else:
+                        left_out[ending or 'no ending'] += 1
+        self.samples.sort(key=lambda sample: natural_key(sample[0]))
+        if left_out:
+            counts = ', '.join(f'{number} of {ending}' for ending, number in left_out.most_common())
+            _logger.warning('%s: files that Pillow does not read are left out: %s.', folder, counts)
 
     def __len__(self) -> int:
         return len(self.samples)
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
         path, label = self.samples[index]
-        with Image.open(path) as opened:
-            return self.transform(in_mode(opened, self.mode)), label
+        with opened(Path(path)) as image:
+            image = eight_bit(image, self.in_chans)
+        return self.transform(image), label
+
+    @property
+    def labels(self) -> list[int]:
+        """Of all samples."""
+        return [label for _, label in self.samples]
 
 
-def in_mode(image: Image.Image, mode: str) -> Image.Image:
-    """Convert an image to a mode of 8 bits."""
-    if image.mode.startswith('I'):  # of 16 bits, which Pillow would clip to 8
-        image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
-    return image.convert(mode)
+def endings() -> set[str]:
+    """Endings of the files that Pillow reads, such as ``.jpg``."""
+    Image.init()
+    return {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+
+
+def images_below(path: Path) -> list[Path]:
+    """The images in a folder and in those below, in order; of a file the file itself."""
+    if not path.is_dir():
+        return [path]
+    readable, root, seen = endings(), os.path.realpath(path), set[str]()
+    found = [each for links in (False, True) for each in _files(path, root, seen, links)]
+    return [each for each in found if each.suffix.lower() in readable]
+
+
+def _files(folder: Path, root: str, seen: set[str], through_links: bool) -> Iterable[Path]:
+    """Files in and below a folder but for hidden ones, each folder once.
+
+    Args:
+        folder: to walk.
+        root: real path of where the whole walk begins; links to what lies above it are not followed.
+        seen: real paths of folders that are not to be read again; those that are read are added.
+        through_links: whether links to folders are followed.
+    """
+    for where, folders, files in os.walk(folder, followlinks=True):
+        real = os.path.realpath(where)
+        linked = where != str(folder) and Path(where).is_symlink()
+        if linked and (not through_links or real in seen or Path(root).is_relative_to(real)):
+            folders.clear()
+            continue
+        folders[:] = sorted((name for name in folders if not name.startswith('.')), key=natural_key)
+        if real not in seen:
+            seen.add(real)
+            for name in sorted((name for name in files if not name.startswith('.')), key=natural_key):
+                yield Path(where, name)
 
 
 def find_folders(
-    folder: Path, mode: str, class_to_idx: dict[str, int] | None = None, workers: int = 4
+    folder: Path, in_chans: int, class_to_idx: dict[str, int] | None = None, workers: int = 4
 ) -> tuple[ImageFiles, ImageFiles]:
     """Find the training and the test images in a folder with one sub-folder per split and in each one per class.
 
     Args:
         folder: has ``train/`` and one of ``val/``, ``validation/``, ``test/``.
-        mode: Pillow's, of the images.
+        in_chans: channels of the images, 1 or 3.
         class_to_idx: numbers of the classes; default: in order of their names.
-        workers: threads that check the images.
+        workers: threads that look at the images.
 
     Raises:
         FileNotFoundError: the folder, or one of its splits, does not exist.
-        ValueError: it holds no images, a single class, classes that differ between the splits, or a broken image.
+        ValueError: it holds no images, a single class, classes that differ between the splits, or what is no image.
     """
     _check_is_folder(folder)
     train_folder, test_folder = (_find_split(folder, names) for names in (TRAIN_FOLDERS, TEST_FOLDERS))
-    train = _read_split(train_folder, mode, class_to_idx)
-    _check_classes(train, train_folder, all_of_them=class_to_idx is None)
-    test = _read_split(test_folder, mode, train.class_to_idx)
+    train = _read_split(train_folder, in_chans, class_to_idx)
+    _check_classes(train, all_of_them=class_to_idx is None)
+    test = _read_split(test_folder, in_chans, train.class_to_idx)
+    if lacking := sorted(set(train.class_to_idx) - test.held, key=natural_key):
+        _logger.warning('%s has no images of %s, which are not tested.', test_folder, shown(lacking))
     _check_images([path for path, _ in train.samples + test.samples], workers)
     return train, test
 
 
 def find_test_folder(
-    folder: Path, mode: str, class_to_idx: dict[str, int] | None = None, workers: int = 4
+    folder: Path, in_chans: int, class_to_idx: dict[str, int] | None = None, workers: int = 4
 ) -> ImageFiles:
     """Find the test images in a folder: in its ``val/`` if it has one, or else right in its folders of classes.
 
     Args:
         folder: one that `find_folders` reads, or one of its splits.
-        mode: Pillow's, of the images.
+        in_chans: channels of the images, 1 or 3.
         class_to_idx: numbers of the classes; default: in order of the names of the training images' classes or,
             where there are none, of their own.
-        workers: threads that check the images.
+        workers: threads that look at the images.
 
     Raises:
         FileNotFoundError: the folder does not exist.
-        ValueError: it holds no images, unknown classes, or a broken image.
+        ValueError: it holds no images, unknown classes, or what is no image.
     """
     _check_is_folder(folder)
     train_folder, test_folder = (
@@ -107,8 +163,8 @@ def find_test_folder(
         for names in (TRAIN_FOLDERS, TEST_FOLDERS)
     )
     if class_to_idx is None and train_folder is not None and test_folder is not None:
-        class_to_idx = ImageFiles(train_folder, mode).class_to_idx
-    test = _read_split(test_folder or folder, mode, class_to_idx)
+        class_to_idx = ImageFiles(train_folder, in_chans).class_to_idx
+    test = _read_split(test_folder or folder, in_chans, class_to_idx)
     _check_images([path for path, _ in test.samples], workers)
     return test
 
@@ -134,43 +190,39 @@ def _find_split(folder: Path, names: Sequence[str]) -> Path:
     raise FileNotFoundError(f'expected a folder named {" or ".join(names)} in {str(folder)!r}, got {held}')
 
 
-def _read_split(folder: Path, mode: str, class_to_idx: dict[str, int] | None) -> ImageFiles:
+def _read_split(folder: Path, in_chans: int, class_to_idx: dict[str, int] | None) -> ImageFiles:
     """List the images of one split; ``class_to_idx`` are the classes that it may have, None: those that it has."""
-    files = ImageFiles(folder, mode, class_to_idx)
-    classes = {path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith('.')}
-    if unknown := sorted(classes - set(files.class_to_idx)):
+    files = ImageFiles(folder, in_chans, class_to_idx)
+    if unknown := sorted(files.held - files.class_to_idx.keys(), key=natural_key):
         raise ValueError(f'expected classes among {shown(files.class_to_idx)} in {str(folder)!r}, got {shown(unknown)}')
     if not files.samples:
         raise ValueError(f'expected folders of images, one for each class, in {str(folder)!r}, got no images')
     return files
 
 
-def _check_classes(files: ImageFiles, folder: Path, all_of_them: bool) -> None:
+def _check_classes(files: ImageFiles, all_of_them: bool) -> None:
     """Raise ValueError unless training images are of 2 classes or more, or of all the classes."""
-    held = {label for _, label in files.samples}
+    held, where = set(files.labels), repr(str(files.folder))
     empty = [name for name, label in files.class_to_idx.items() if label not in held]
     if len(held) < 2:
         name = next(name for name, label in files.class_to_idx.items() if label in held)
-        raise ValueError(f'expected images of at least 2 classes in {str(folder)!r}, got those of {name!r} only')
+        raise ValueError(f'expected images of at least 2 classes in {where}, got those of {name!r} only')
     if empty and all_of_them:
-        raise ValueError(f'expected images in every folder in {str(folder)!r}, got none in {", ".join(empty)}')
+        raise ValueError(f'expected images in every folder in {where}, got none in {", ".join(empty)}')
 
 
 def _check_images(paths: Sequence[str], workers: int) -> None:
-    """Raise ValueError that names the broken image files, if there are any."""
+    """Raise ValueError that names files that do not begin like an image; what is cut off shows when it is read."""
 
     def problem(path: str) -> str:
         try:
-            with Image.open(path) as image:
-                image.load() if len(paths) <= MAX_DECODED else image.verify()
-        # Pillow lets the errors of its decoders through: SyntaxError, struct.error, zlib.error, ...
-        except Exception as error:
-            return str(error) or type(error).__name__
-        return ''
+            with Image.open(path):
+                return ''
+        except Exception as error:  # whatever the decoder of its format raises
+            return unreadable(path, error)
 
-    with ThreadPoolExecutor(max(1, workers)) as pool:
-        broken = [(path, text) for path, text in zip(paths, pool.map(problem, paths), strict=True) if text]
-    if broken:
-        path, text = broken[0]
-        others = f' (and {len(broken) - 1} more)' if len(broken) > 1 else ''
-        raise ValueError(f'expected readable images, got a broken one: {path}: {text}{others}')
+    with warnings.catch_warnings(), ThreadPoolExecutor(max(1, workers)) as pool:
+        warnings.simplefilter('ignore')
+        problems = [text for text in pool.map(problem, paths) if text]
+    if problems:
+        raise ValueError(problems[0] + f' (and {len(problems) - 1} more)' * (len(problems) > 1))

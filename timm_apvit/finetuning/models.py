@@ -12,13 +12,17 @@ import torch
 from safetensors import safe_open
 from timm.models import load_state_dict
 
-from timm_apvit.failures import first_line
-from timm_apvit.finetuning.checkpoints import BEST, CONFIG_FILE
-from timm_apvit.finetuning.options import Options
-from timm_apvit.finetuning.parsing import count
+from timm_apvit.failures import one_line
+from timm_apvit.finetuning.folder import BEST
+from timm_apvit.finetuning.settings import CONFIG_FILE, Settings
+from timm_apvit.finetuning.values import count
 from timm_apvit.models.checkpoint import LOCALIZER
 from timm_apvit.models.mixin import APViT
 
+MODEL_HELP = (
+    "folder of a run (its best model) or of a saved model, a model's name on the Hugging Face Hub, or a registered "
+    "model's name, with its pretrained weights"
+)
 HUB_NAME = re.compile(r'\w[\w.-]*/[\w.-]+')
 CLASSIFIER_ENDS = ('head.bias', 'head/bias')
 
@@ -37,20 +41,20 @@ class Start(NamedTuple):
     notes: tuple[str, ...]
 
 
-def start_model(options: Options, num_classes: int) -> Start:
-    """Create the model of the options, with their weights and a classifier for so many classes.
+def start_model(settings: Settings, num_classes: int) -> Start:
+    """Create the model of the settings, with their weights and a classifier for so many classes.
 
     Raises:
         FileNotFoundError: there is no such checkpoint.
         ValueError: it cannot be created, is not an APViT, or its weights cannot be loaded.
     """
-    if options.checkpoint is None and not options.pretrained:
-        source = f'; --pretrained takes the weights of {options.model}' if ':' in str(options.model) else ''
-        notes = (f'the model starts untrained{source}',) if options.data is not None or source else ()
-        return Start(create_model(options, num_classes), False, notes)
-    known = None if options.checkpoint is None else classes_of_checkpoint(options.checkpoint)
+    if settings.checkpoint is None and not settings.pretrained:
+        source = f'; --pretrained takes the weights of {settings.model}' if ':' in str(settings.model) else ''
+        notes = (f'the model starts untrained{source}',) if settings.data is not None or source else ()
+        return Start(create_model(settings, num_classes), False, notes)
+    known = None if settings.checkpoint is None else classes_of_checkpoint(settings.checkpoint)
     overlay = {} if known is None else {'num_classes': known}
-    model = create_model(options, num_classes, weights=True, overlay=overlay)
+    model = create_model(settings, num_classes, weights=True, overlay=overlay)
     if known is None:
         known = int(model.pretrained_cfg.get('num_classes') or 0)
     if known == num_classes:
@@ -60,45 +64,66 @@ def start_model(options: Options, num_classes: int) -> Start:
 
 
 def create_model(
-    options: Options, num_classes: int | None, weights: bool = False, overlay: dict[str, Any] | None = None
+    settings: Settings,
+    num_classes: int | None,
+    weights: bool = False,
+    overlay: dict[str, Any] | None = None,
+    any_vit: bool = False,
 ) -> APViT:
-    """Create the model of the options.
+    """Create the model of the settings.
 
     Args:
-        options: its name, arguments and weights.
+        settings: its name, arguments and weights.
         num_classes: 0: without a classifier; None: as many as its weights have.
         weights: whether to load them.
         overlay: changes of the model's ``pretrained_cfg``.
+        any_vit: whether models of timm without adaptive patches will do.
 
     Raises:
         ValueError: it cannot be created, is not an APViT, or its weights cannot be loaded.
     """
-    name = str(options.model)
-    optional = {'transform': options.transform, 'img_size': options.img_size, 'localizer': options.localizer}
-    kwargs = {**options.model_kwargs, **{key: value for key, value in optional.items() if value is not None}}
-    if options.num_patches:
-        kwargs['num_patches'] = max(options.num_patches, key=count)
+    name = str(settings.model)
+    optional = {'transform': settings.transform, 'img_size': settings.img_size, 'localizer': settings.localizer}
+    kwargs = {**settings.model_kwargs, **{key: value for key, value in optional.items() if value is not None}}
+    if settings.num_patches:
+        kwargs['num_patches'] = max(settings.num_patches, key=count)
     if num_classes is not None:
         kwargs['num_classes'] = num_classes
     check_registered(name, 'apvit_*')
     overlay = dict(overlay or {})
-    if weights and options.checkpoint is not None:
-        overlay |= {'file': options.checkpoint, 'custom_load': options.checkpoint.endswith('.npz')}
+    if weights and settings.checkpoint is not None:
+        overlay |= {'file': settings.checkpoint, 'custom_load': settings.checkpoint.endswith('.npz')}
     if overlay:
         kwargs['pretrained_cfg_overlay'] = overlay
     try:
         model = timm.create_model(name, pretrained=weights, **kwargs)
     # Weights that are damaged, of another model or out of reach fail in as many ways as there are formats.
     except Exception as error:
-        source = f' with the weights in {options.checkpoint}' if weights and options.checkpoint else ''
-        raise ValueError(f'cannot create {name}{source}: {first_line(error)}') from error
-    if not isinstance(model, APViT):
+        source = f' with the weights in {settings.checkpoint}' if weights and settings.checkpoint else ''
+        raise ValueError(f'cannot create {name}{source}: {one_line(error)}') from error
+    if not isinstance(model, APViT) and not any_vit:
         raise ValueError(f'expected an APViT, got {name!r}, which is a {type(model).__name__}')
+    created: APViT = model
+    return created
+
+
+def with_images(model: APViT, settings: Settings) -> APViT:
+    """The model, which takes images cropped and normalised as the settings say, here and wherever it is loaded."""
+    in_chans = model.patch_embed.patching.in_chans
+    for key in ('mean', 'std', 'crop_pct'):
+        if (value := getattr(settings, key)) is not None:
+            if isinstance(value, list) and len(value) not in (1, in_chans):
+                raise ValueError(f'expected --{key} of {in_chans} channels, got {len(value)} values')
+            model.pretrained_cfg[key] = value if key == 'crop_pct' else tuple(value * (in_chans // len(value)))
     return model
 
 
-def load_model(name: str) -> APViT:
+def load_model(name: str, any_vit: bool = False) -> APViT:
     """Load the best model of a run, a saved one, one of the Hub, or a registered one with its pretrained weights.
+
+    Args:
+        name: of one of them.
+        any_vit: whether models of timm without adaptive patches will do.
 
     Raises:
         FileNotFoundError: there is no such folder.
@@ -118,7 +143,7 @@ def load_model(name: str) -> APViT:
         raise FileNotFoundError(f'expected a folder with a model, got {name!r}')
     elif HUB_NAME.fullmatch(name):
         try:
-            return create_model(Options(model=f'hf-hub:{name}', pretrained=True), None, weights=True)
+            return create_model(Settings(model=f'hf-hub:{name}', pretrained=True), None, True, any_vit=any_vit)
         except ValueError as error:
             raise ValueError(f'expected a folder or a name on the Hub, got {name!r}, no folder: {error}') from error
     elif '/' in name and ':' not in name:
@@ -126,9 +151,9 @@ def load_model(name: str) -> APViT:
     else:
         source = name
         check_registered(name, 'apvit_*')
-        if ':' not in name:
+        if ':' not in name and not any_vit:
             _check_apvit(name)
-    return create_model(Options(model=source, pretrained=True), None, weights=True)
+    return create_model(Settings(model=source, pretrained=True), None, True, any_vit=any_vit)
 
 
 def load_weights(name: str, checkpoint: str) -> APViT:
@@ -144,7 +169,7 @@ def load_weights(name: str, checkpoint: str) -> APViT:
     if classes == 0:
         raise ValueError(f'expected weights with a classifier, got {checkpoint}, which has none')
     overlay = {} if classes is None else {'num_classes': classes}
-    return create_model(Options(model=name, checkpoint=checkpoint), classes, weights=True, overlay=overlay)
+    return create_model(Settings(model=name, checkpoint=checkpoint), classes, weights=True, overlay=overlay)
 
 
 def check_registered(name: str, among: str) -> None:
@@ -176,7 +201,7 @@ def classes_of_checkpoint(path: str) -> int | None:
         shapes = _shapes(path)
     # Damaged files fail in as many ways as there are formats.
     except Exception as error:
-        raise ValueError(f'expected a checkpoint, got an unreadable {path}: {first_line(error)}') from error
+        raise ValueError(f'expected a checkpoint, got an unreadable {path}: {one_line(error)}') from error
     if not any(key.startswith('blocks.') for key in shapes) and not path.endswith('.npz'):
         return None  # of a layout that timm converts
     return next((shape[0] for key, shape in shapes.items() if key.endswith(CLASSIFIER_ENDS)), 0)
@@ -198,10 +223,14 @@ def _shapes(path: str) -> dict[str, tuple[int, ...]]:
     if path.endswith('.safetensors'):
         with safe_open(path, framework='pt') as tensors:
             return {key: tuple(tensors.get_slice(key).get_shape()) for key in tensors.keys()}  # noqa: SIM118  no dict
-    return {key: tuple(value.shape) for key, value in load_state_dict(path).items()}
+    weights = load_state_dict(path)
+    if nested := [key for key, value in weights.items() if isinstance(value, dict)]:
+        names = ', '.join(repr(key) for key in nested)
+        raise ValueError(f'its weights lie one level deeper, under {names}: save one of these as a file of its own')
+    return {key: tuple(value.shape) for key, value in weights.items() if hasattr(value, 'shape')}
 
 
-def with_weights_of(options: Options, path: str) -> Options:
-    """The options of the same model on its full grid, with the weights in a file."""
-    kwargs = {name: value for name, value in options.model_kwargs.items() if name != 'num_patches'}
-    return replace(options, checkpoint=path, pretrained=False, num_patches=None, model_kwargs=kwargs)
+def with_weights_of(settings: Settings, path: str) -> Settings:
+    """The settings of the same model on its full grid, with the weights in a file."""
+    kwargs = {name: value for name, value in settings.model_kwargs.items() if name != 'num_patches'}
+    return replace(settings, checkpoint=path, pretrained=False, num_patches=None, model_kwargs=kwargs)

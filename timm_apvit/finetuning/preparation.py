@@ -1,146 +1,180 @@
-"""From options to a run: everything that can be checked before any long work is checked here."""
+"""From options to settings: what depends on others is filled in, and what cannot be is refused before any work."""
 
-import importlib.util
-import os
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
+from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
-from torch import nn
+from timm.optim import list_optimizers
 
-from timm_apvit.failures import first_line
-from timm_apvit.finetuning import options as defaults
-from timm_apvit.finetuning.checkpoints import CheckpointStore, check_vacant, create_run, locked
-from timm_apvit.finetuning.config import config_text, resumed_options
-from timm_apvit.finetuning.data import Splits
-from timm_apvit.finetuning.distributed import is_main, local_device, own_share, processes_here
-from timm_apvit.finetuning.learner import Distillation
-from timm_apvit.finetuning.logs import check_tensorboard
-from timm_apvit.finetuning.models import create_model, is_of_a_vit, start_model
-from timm_apvit.finetuning.options import Options
-from timm_apvit.finetuning.schedule import Schedule
-from timm_apvit.finetuning.soundness import (
-    check_batches,
-    check_destination,
-    check_epochs,
-    check_options,
-)
-from timm_apvit.finetuning.sources import is_path, load_splits
-from timm_apvit.finetuning.teachers import create_distillation
-from timm_apvit.finetuning.training import STATE_KEYS, fits_first
-from timm_apvit.finetuning.twin import create_twin
-from timm_apvit.learning.glance import glance_of
-from timm_apvit.models.glance import glances
-from timm_apvit.models.mixin import APViT
-from timm_apvit.pictures.images import image_config
+from timm_apvit.finetuning.batches import Division
+from timm_apvit.finetuning.config import resumed_settings, with_config
+from timm_apvit.finetuning.folder import check_vacant
+from timm_apvit.finetuning.models import is_of_a_vit
+from timm_apvit.finetuning.settings import Settings
+from timm_apvit.finetuning.sources import EMBEDDED_SAMPLES, EMBEDDED_TEST_SAMPLES, check_data, is_path
+from timm_apvit.finetuning.values import count, flag
+from timm_apvit.hub.access import check_access
 
-
-class Run(NamedTuple):
-    """A run whose options proved sound.
-
-    Attributes:
-        options: all of them.
-        directory: of its checkpoints.
-        resumed: whether it was begun before.
-        model: to train.
-        twin: its fixed-grid twin, to train too.
-        splits: training and test data.
-        data_config: of the images that the model takes.
-        schedule: how to train.
-        distillation: what to learn from besides the labels.
-        notes: what people should know before it begins.
-    """
-
-    options: Options
-    directory: Path
-    resumed: bool
-    model: APViT
-    twin: nn.Module | None
-    splits: Splits
-    data_config: dict[str, Any]
-    schedule: Schedule
-    distillation: Distillation | None
-    notes: tuple[str, ...]
+# What trains without any argument: a model small enough for a CPU on images that need no network.
+EMBEDDED_MODEL = 'test_apvit'
+# Patches that only move read 0.88, 0.93 and 0.91 of the digits after 6 epochs (three seeds), those that also change in
+# size 0.66 (the first of these).
+EMBEDDED: dict[str, Any] = {'img_size': 112, 'num_patches': ((4, 4),), 'transform': 'translation'}
+EMBEDDED_MODEL_KWARGS: dict[str, Any] = {
+    'embed_dim': 128,
+    'depth': 4,
+    'num_heads': 4,
+    'max_shift': 1.5,
+    # Without these three a ViT this small takes several times as long to learn anything at all from scratch.
+    'class_token': False,
+    'global_pool': 'avg',
+    'weight_init': 'jax',
+}
+TEACHING = ('distill_weight', 'distill_temperature', 'token_weight', 'attention_weight')
 
 
-def prepare(given: dict[str, Any]) -> Run:
-    """Check everything that can be checked before any long work; write nothing.
+def settle(given: dict[str, Any]) -> tuple[Settings, Path]:
+    """The settings of a run, and its folder, from the options that were given; with ``resume`` those it has.
 
     Raises:
-        ValueError, OSError, ModuleNotFoundError: bad input, or an extra is missing.
+        ValueError, OSError: bad input.
     """
-    for module in ('tqdm', 'matplotlib'):
-        if importlib.util.find_spec(module) is None:
-            raise ModuleNotFoundError(f"fine-tuning needs {module}: pip install 'timm-apvit[finetune]'")
-    given = _with_absolute_paths(given)
-    resumed = given.get('resume') is not None
-    if resumed:
+    given = _with_absolute_paths(with_config(given))
+    if given.get('resume') is not None:
         if given.get('output') is not None:
             raise ValueError('expected --output or --resume, got both')
         directory = Path(given['resume'])
-        options = resumed_options(directory, given)
-        states = [CheckpointStore(each).load() for each in (directory, directory / 'twin')]
+        settings = resumed_settings(directory, given)
     else:
-        options = Options(**given)
-        check_options(options)
-        options = with_defaults(options)
-        default = Path('runs', f'{_file_name(options.model)}-{time.strftime("%Y%m%d-%H%M%S")}')
-        directory = Path(options.output or default)
-        if is_main():
-            check_vacant(directory)
-        states = []
-    check_destination(options)
-    schedule = _schedule(options)
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
-
-    if options.tensorboard:
-        check_tensorboard()
-    config_text(options)  # raises TypeError before any long work
-    # A model without a classifier is quickly made and tells what images it takes, before the data are looked through.
-    data_config = image_config(create_model(options, num_classes=0))
-    splits = load_splits(options, data_config, schedule.workers)
-    check_batches(schedule, len(splits.train), own_share(schedule.grad_accum))
-    torch.manual_seed(options.seed)
-    start = start_model(options, len(splits.label_names))
-    if options.crop_pct is not None:
-        start.model.pretrained_cfg['crop_pct'] = options.crop_pct  # which those who load the model crop by
-    _check_states(states, splits)
-    distillation = create_distillation(options, start, data_config)
-    twin = create_twin(start.model) if options.twin else None
-    notes = (*start.notes, *_on_glance(start.model, schedule))
-    return Run(options, directory, resumed, start.model, twin, splits, data_config, schedule, distillation, notes)
+        settings = Settings(**given)
+        check_settings(settings)
+        settings = with_defaults(settings)
+        name = ''.join(c if c.isalnum() or c in '._-' else '-' for c in str(settings.model))
+        directory = Path(settings.output or Path('runs', f'{name}-{time.strftime("%Y%m%d-%H%M%S")}'))
+        check_vacant(directory)
+    check_epochs(settings)
+    return settings, directory
 
 
-def _on_glance(model: APViT, schedule: Schedule) -> tuple[str, ...]:
-    """What people should know of how a model finds where to look."""
-    if not glances(model):
-        return ()
-    fitted = f', fitted first for {schedule.glance_epochs} epochs' if fits_first(model, schedule) else ''
-    return (
-        f'the patches close in on what a glance of the first {glance_of(model).blocks} blocks finds{fitted} '
-        '(--localizer cnn: they move one by one)',
-    )
+def with_defaults(settings: Settings) -> Settings:
+    """Fill in the defaults that depend on other settings."""
+    embedded = settings.data is None
+    changes: dict[str, Any] = {}
+    if settings.model is None:
+        changes['model'] = EMBEDDED_MODEL if embedded else 'apvit_small'
+        if embedded:
+            changes['model_kwargs'] = {**EMBEDDED_MODEL_KWARGS, **settings.model_kwargs}
+            open_ = [name for name in EMBEDDED if getattr(settings, name) is None and name not in settings.model_kwargs]
+            changes.update({name: EMBEDDED[name] for name in open_})
+    fine_tuned = settings.pretrained or settings.checkpoint is not None
+    epochs = settings.epochs or (6 if embedded else 10)
+    # A registered name: what was saved has a localiser of its own.
+    chooses = settings.localizer is None and 'localizer' not in settings.model_kwargs and ':' not in str(settings.model)
+    of_vit = chooses and (settings.pretrained or (settings.checkpoint is not None and is_of_a_vit(settings.checkpoint)))
+    filled = {
+        'localizer': 'glance' if of_vit else None,
+        'glance_epochs': 10 if fine_tuned else 0,
+        'twin': embedded,
+        'epochs': epochs,
+        'lr': 2e-4 if fine_tuned else 1e-3,
+        'layer_decay': 0.75 if fine_tuned else 1.0,
+        'warmup': epochs / 10,
+        'samples': EMBEDDED_SAMPLES if embedded else None,
+        'test_samples': EMBEDDED_TEST_SAMPLES if embedded else None,
+    }
+    changes.update({name: value for name, value in filled.items() if getattr(settings, name) is None})
+    return replace(settings, **changes)
 
 
-@contextmanager
-def opened(run: Run) -> Iterator[None]:
-    """Make the directory of a run, or open it again, and keep other processes out of it.
+def check_settings(settings: Settings) -> None:
+    """Raise ValueError if settings that were given exclude each other."""
+    usual = Settings()
+    if settings.pretrained and settings.checkpoint is not None:
+        raise ValueError('expected --pretrained or --checkpoint, got both: each says where the weights come from')
+    for name in ('samples', 'test_samples'):
+        if settings.data is not None and getattr(settings, name) is not None:
+            given = f'{flag(name)} without DATA only, whose images count themselves'
+            raise ValueError(f'expected {given}, got {flag(name)} with DATA')
+    for name in ('num_patches', 'transform', 'img_size', 'jitter', 'localizer'):
+        if getattr(settings, name) is not None and name in settings.model_kwargs:
+            raise ValueError(f'expected {flag(name)} or {name} among --model-kwargs, got both')
+    if 'num_classes' in settings.model_kwargs:
+        raise ValueError('expected the number of classes of the data, got num_classes among --model-kwargs')
+    for name in ('private', 'push_picture'):
+        if getattr(settings, name) != getattr(usual, name) and settings.push_to_hub is None:
+            shown = flag(name) if name == 'private' else '--no-push-picture'
+            raise ValueError(f'expected --push-to-hub with {shown}, got none')
+    _check_training(settings, usual)
+    check_data(settings)
+
+
+def _check_training(settings: Settings, usual: Settings) -> None:
+    """Raise ValueError if settings of what is learnt exclude each other."""
+    if settings.glance_epochs and settings.localizer not in (None, 'glance'):
+        raise ValueError(f'expected --localizer glance with --glance-epochs, got {settings.localizer}')
+    terms = [name for name in TEACHING if getattr(settings, name) != getattr(usual, name)]
+    if settings.teacher is None and terms:
+        raise ValueError(f'expected --teacher with {flag(terms[0])}, got none')
+    if settings.opt.lower() not in list_optimizers():
+        near = ', '.join(get_close_matches(settings.opt.lower(), list_optimizers(), n=3, cutoff=0))
+        raise ValueError(f'expected --opt of one of the optimisers of timm, such as {near}, got {settings.opt!r}')
+    if settings.jitter_epochs is not None and not settings.jitter:
+        raise ValueError('expected a --jitter above 0 for --jitter-epochs to lower, got none')
+    if settings.mixup_prob != usual.mixup_prob and not (settings.mixup or settings.cutmix):
+        raise ValueError('expected --mixup or --cutmix with --mixup-prob, got neither')
+    if settings.class_weights == 'balanced' and (settings.mixup or settings.cutmix):
+        raise ValueError('expected --class-weights balanced without --mixup and --cutmix, got both')
+    if settings.class_weights == 'balanced' and settings.balanced_sampling:
+        raise ValueError(
+            'expected --class-weights balanced or --balanced-sampling, got both: each makes up for the other'
+        )
+    if (settings.mean is None) != (settings.std is None):
+        raise ValueError('expected --mean with --std, got one of them')
+
+
+def check_destination(settings: Settings) -> None:
+    """Ask the Hub, without writing, whether the model can be pushed to where the settings say.
 
     Raises:
-        OSError: it exists, cannot be made, or another process trains in it.
+        ValueError: a malformed name.
+        OSError: the Hub does not answer, or does not let this token write there.
     """
-    if not is_main():
-        yield
-        return
-    if not run.resumed:
-        create_run(run.directory, config_text(run.options))
-    with locked(run.directory):
-        yield
+    if settings.push_to_hub is not None:
+        check_access(settings.push_to_hub)
+
+
+def check_epochs(settings: Settings) -> None:
+    """Raise ValueError if something is to last longer than the training."""
+    epochs = settings.epochs or 0
+    if (settings.warmup or 0) >= epochs:
+        raise ValueError(f'expected --warmup below --epochs, got {settings.warmup:g} of {epochs}')
+    for name in ('freeze_backbone_epochs', 'freeze_localizer_epochs', 'jitter_epochs'):
+        value = getattr(settings, name)
+        if value is not None and value > epochs:
+            raise ValueError(f'expected {flag(name)} of at most --epochs, got {value} of {epochs}')
+
+
+def check_batches(settings: Settings, samples: int, division: Division) -> None:
+    """Raise ValueError unless batches divide evenly into micro-batches, and these into pairs if images are mixed."""
+    batch = min(settings.batch_size, samples)
+    mixes = settings.mixup > 0 or settings.cutmix > 0
+    unit = division.parts * (2 if mixes else 1)
+    if batch % unit or batch < unit:
+        pairs = ', in pairs for --mixup and --cutmix' if mixes else ''
+        few = f' (there are {samples} training images)' if samples < settings.batch_size else ''
+        raise ValueError(
+            f'expected a --batch-size that divides by {unit}: {division.world} processes x {division.accumulated} of '
+            f'--grad-accum{pairs}, got {batch}{few}'
+        )
+
+
+def check_budgets(settings: Settings, pixels: int) -> None:
+    """Raise ValueError if patches would by far outnumber the pixels of an image."""
+    most = max(map(count, settings.num_patches or (1,)))
+    if most > pixels:
+        raise ValueError(f'expected --num-patches of at most the {pixels} pixels of an image, got {most}')
 
 
 def _with_absolute_paths(given: dict[str, Any]) -> dict[str, Any]:
@@ -154,86 +188,3 @@ def _with_absolute_paths(given: dict[str, Any]) -> dict[str, Any]:
         elif name == 'teacher' and Path(source).is_file():
             absolute[name] = str(Path(source).resolve())
     return {**given, **absolute}
-
-
-def _check_states(states: list[dict[str, Any] | None], splits: Splits) -> None:
-    """Raise ValueError unless saved states are those of a training on the classes that the data have now."""
-    for state in states:
-        if state is not None and not (isinstance(state, dict) and state.keys() >= STATE_KEYS):
-            raise ValueError(f'expected a saved state with {", ".join(sorted(STATE_KEYS))}, got another file')
-        if state is not None and tuple(state['label_names']) != splits.label_names:
-            raise ValueError(
-                f'expected the classes that the run was trained on, {", ".join(state["label_names"])}, '
-                f'got {", ".join(splits.label_names)}'
-            )
-
-
-def with_defaults(options: Options) -> Options:
-    """Fill in the defaults that depend on other options."""
-    embedded = options.data is None
-    changes: dict[str, Any] = {}
-    if options.model is None:
-        changes['model'] = defaults.EMBEDDED_MODEL if embedded else 'apvit_small'
-        if embedded:
-            changes['model_kwargs'] = {**defaults.EMBEDDED_MODEL_KWARGS, **options.model_kwargs}
-            usual = {
-                'img_size': defaults.EMBEDDED_IMG_SIZE,
-                'num_patches': defaults.EMBEDDED_NUM_PATCHES,
-                'transform': defaults.EMBEDDED_TRANSFORM,
-            }
-            changes.update({name: value for name, value in usual.items() if name not in options.model_kwargs})
-            changes.update({name: getattr(options, name) for name in usual if getattr(options, name) is not None})
-    if embedded:
-        usual = {'samples': defaults.EMBEDDED_SAMPLES, 'test_samples': defaults.EMBEDDED_TEST_SAMPLES}
-        changes.update({name: value for name, value in usual.items() if getattr(options, name) is None})
-    fine_tuned = _is_fine_tuned(options)
-    epochs = options.epochs or (6 if embedded else 10)
-    # A registered name: what was saved has a localiser of its own.
-    chooses = options.localizer is None and 'localizer' not in options.model_kwargs and ':' not in str(options.model)
-    of_vit = chooses and (options.pretrained or (options.checkpoint is not None and is_of_a_vit(options.checkpoint)))
-    filled = {
-        'localizer': 'glance' if of_vit else None,
-        'glance_epochs': 10 if fine_tuned else 0,
-        'twin': embedded,
-        'epochs': epochs,
-        'lr': 2e-4 if fine_tuned else 1e-3,
-        'layer_decay': 0.75 if fine_tuned else 1.0,
-        'warmup': epochs / 10,
-    }
-    changes.update({name: value for name, value in filled.items() if getattr(options, name) is None})
-    return replace(options, **changes)
-
-
-def _is_fine_tuned(options: Options) -> bool:
-    """Whether the model comes with weights."""
-    return options.pretrained or options.checkpoint is not None
-
-
-def checked_device(device: str, amp: str | None) -> str:
-    """The device, if it is there and computes in the data type.
-
-    Raises:
-        ValueError: it is not, or does not.
-    """
-    try:
-        torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f'expected a device that is there, got {device!r}: {first_line(error)}') from None
-    if amp == 'float16' and not device.startswith('cuda'):
-        raise ValueError(f'expected --amp bfloat16 on {device!r}, got float16, which needs a CUDA GPU')
-    return device
-
-
-def _schedule(options: Options) -> Schedule:
-    device = checked_device(local_device(options.device), options.amp)
-    workers = options.workers
-    if workers is None:
-        workers = 0 if options.data is None else min(8, (os.cpu_count() or 1) // processes_here())
-    settled: dict[str, Any] = {'device': device, 'workers': workers}
-    schedule = Schedule(**{name: settled.get(name, getattr(options, name)) for name in Schedule._fields})
-    check_epochs(schedule)
-    return schedule
-
-
-def _file_name(name: str | None) -> str:
-    return ''.join(c if c.isalnum() or c in '._-' else '-' for c in str(name))

@@ -1,5 +1,6 @@
-"""A bar that tells how far a training is."""
+"""How far a training is: a bar on a terminal, and lines where there is none."""
 
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -8,15 +9,15 @@ from typing import Any
 
 
 class Progress:
-    """A bar for an epoch: its images, their rate, the loss, and the time left of the epoch and of the whole run.
-
-    Shown on a terminal only.
+    """Images, their rate, the loss, and the time left of the epoch and of the whole run.
 
     Args:
         name: of the training.
         updates: of an epoch.
         images: of an update, of all processes.
-        epochs: that this process trains, as a range from 0.
+        epochs: of the whole run.
+        done: updates of the run that an earlier process did.
+        every: where there is no terminal, a line is printed every so many updates.
         shown: whether this process is the one that shows it.
         clock: in seconds.
     """
@@ -26,18 +27,16 @@ class Progress:
         name: str,
         updates: int,
         images: int,
-        epochs: range,
+        epochs: int,
+        done: int = 0,
+        every: int = 100,
         shown: bool = True,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.name = name
-        self.updates = updates
-        self.images = images
-        self.epochs = epochs
-        self.shown = shown
-        self.clock = clock
+        self.name, self.updates, self.images, self.epochs = name, updates, images, epochs
+        self.first = self.done = done
+        self.every, self.shown, self.clock = every, shown, clock
         self.begun = clock()
-        self.done = 0
         self._bar: Any = None
 
     @contextmanager
@@ -47,7 +46,8 @@ class Progress:
 
         self._bar = tqdm(
             total=self.updates * self.images,
-            desc=f'{self.name} {number + 1}/{self.epochs.stop}',
+            initial=(self.done - number * self.updates) * self.images,
+            desc=f'{self.name} {number + 1}/{self.epochs}',
             unit=' images',
             unit_scale=True,
             leave=False,
@@ -63,9 +63,17 @@ class Progress:
         if loss is not None:
             self._bar.set_postfix_str(f'loss {loss:.3f}, whole run {self.time_left()}', refresh=False)
         self._bar.update(self.images)
+        within = (self.done - 1) % self.updates + 1
+        if self.shown and self._bar.disable and within % self.every == 0:
+            epoch, said = (self.done - 1) // self.updates + 1, '' if loss is None else f'loss {loss:.3f}, '
+            line = (
+                f'{self.name} {epoch}/{self.epochs}: update {within} of {self.updates}, {said}{self.time_left()} left'
+            )
+            sys.stdout.write(line + '\n')
+            sys.stdout.flush()
 
     def time_left(self) -> str:
         """Time that the rest of the run takes at the mean rate so far, tests and checkpoints included."""
-        left = self.updates * len(self.epochs) - self.done
-        seconds = (self.clock() - self.begun) / max(1, self.done) * left
+        left = self.updates * self.epochs - self.done
+        seconds = (self.clock() - self.begun) / max(1, self.done - self.first) * left
         return str(timedelta(seconds=round(seconds)))

@@ -1,4 +1,4 @@
-"""What a run reports: the table of accuracies and the picture of where the patches look."""
+"""What a run reports: a line an epoch, a summary with its table, and a picture of where the patches look."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,13 +7,15 @@ from typing import Any
 import torch
 
 from timm_apvit.files import replacing
-from timm_apvit.finetuning.data import Splits, some_samples
-from timm_apvit.finetuning.training import Row, best_row
+from timm_apvit.finetuning.batches import Splits, some_samples
+from timm_apvit.finetuning.loop import Row, best_row
 from timm_apvit.models.mixin import APViT
 from timm_apvit.pictures.figures import load_drawing
 from timm_apvit.pictures.plots import plot_patches
+from timm_apvit.results import aligned
 
 PICTURED = 8
+MOVED = ('patch_shift', 'patch_zoom', 'patch_turn', 'window_size', 'window_whole')
 
 
 @torch.inference_mode()
@@ -35,29 +37,33 @@ def save_picture(model: APViT, splits: Splits, data_config: dict[str, Any], path
 
 
 def epoch_line(row: Row, epochs: int) -> str:
-    """What came of an epoch, with the accuracy at each of several budgets."""
+    """What came of an epoch: losses by name, accuracy at each budget, and how far patches moved."""
     each = [f'{name.removeprefix("test_top1_")}: {value:.3f}' for name, value in row.items() if 'top1_' in name]
+    terms = [f'{k[6:-5]} {v:.3f}' for k, v in row.items() if k.startswith('train_') and k != 'train_loss']
+    moves = [f'{name.partition("_")[2]} {row[name]:.2f}' for name in MOVED if name in row]
     return (
-        f'epoch {row["epoch"]:>3}/{epochs}  train loss {row["train_loss"]:.3f}  test loss {row["test_loss"]:.3f}  '
-        f'top-1 {row["test_top1"]:.3f}{" (" + ", ".join(each) + ")" if each else ""}  {row["seconds"]:.1f} s'
+        f'epoch {row["epoch"]:>3}/{epochs}  train loss {row["train_loss"]:.3f}'
+        f'{" (" + ", ".join(terms) + ")" if terms else ""}  test loss {row["test_loss"]:.3f}  '
+        f'top-1 {row["test_top1"]:.3f}{" (" + ", ".join(each) + ")" if each else ""}  '
+        f'{" ".join(moves) + "  " if moves else ""}{row["seconds"]:.1f} s'
     )
 
 
-def summarise(rows: list[Row], budgets: Sequence[tuple[int, str]]) -> dict[str, Any]:
+def summarise(rows: list[Row], budgets: Sequence[tuple[int, str]], monitor: str) -> dict[str, Any]:
     """What came of a training.
 
     Args:
         rows: of its epochs.
         budgets: number of patches and name of each budget.
+        monitor: what the best epoch is best in.
 
     Returns:
-        ``num_patches`` of the largest budget, ``top1`` of the last and ``best_top1`` of the best epoch, ``best_epoch``,
-        ``seconds``; with several budgets also ``budgets``: for each its own ``num_patches``, ``top1`` and
-        ``best_top1`` in these epochs.
+        ``top1`` of the last and ``best_top1`` of the best epoch, ``best_epoch``, ``seconds``, and ``num_patches``; with
+        several budgets that is their list, the accuracies are means over them, and ``budgets`` has for each its own.
     """
-    last, best = rows[-1], best_row(rows)
+    last, best = rows[-1], best_row(rows, monitor)
     summary: dict[str, Any] = {
-        'num_patches': max(number for number, _ in budgets),
+        'num_patches': budgets[0][0] if len(budgets) == 1 else [number for number, _ in budgets],
         'top1': last['test_top1'],
         'best_top1': best['test_top1'],
         'best_epoch': best['epoch'],
@@ -77,9 +83,14 @@ def summarise(rows: list[Row], budgets: Sequence[tuple[int, str]]) -> dict[str, 
 
 def table(summary: dict[str, dict[str, Any]]) -> str:
     """Accuracy, tokens and time of each contestant, a line for each of its budgets."""
-    lines = [f'{"":<12}  patches  top-1  best top-1  seconds']
-    for name, row in summary.items():
-        for budget in row.get('budgets', {'': row}).values():
-            numbers = f'{budget["num_patches"]:>7}  {budget["top1"]:.3f}  {budget["best_top1"]:>10.3f}'
-            lines.append(f'{name:<12}  {numbers}  {row["seconds"]:>7.0f}')
-    return '\n'.join(lines)
+    rows = [
+        [
+            name,
+            str(each['num_patches']),
+            *(f'{each[key]:.3f}' for key in ('top1', 'best_top1')),
+            f'{row["seconds"]:.0f}',
+        ]
+        for name, row in summary.items()
+        for each in row.get('budgets', {'': row}).values()
+    ]
+    return aligned(('', 'patches', 'top-1', 'best top-1', 'seconds'), rows)

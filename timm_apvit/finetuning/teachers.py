@@ -9,64 +9,65 @@ import torch
 from timm.data import resolve_data_config
 from torch import nn
 
-from timm_apvit.failures import first_line
-from timm_apvit.finetuning.distillation import Teacher, Weights, check_attends, observed
-from timm_apvit.finetuning.learner import Distillation
+from timm_apvit.failures import one_line
 from timm_apvit.finetuning.models import Start, check_registered, classes_of_checkpoint, create_model, with_weights_of
-from timm_apvit.finetuning.options import Options
+from timm_apvit.finetuning.settings import Settings
+from timm_apvit.learning.distillation import DistillationWeights, Teacher, check_attends, observed
 from timm_apvit.models.mixin import APViT
 
 SELF = 'self'
 
 
-def create_distillation(options: Options, start: Start, data_config: dict[str, Any]) -> Distillation | None:
-    """Make the teacher of the options, and settle what of it counts how much.
+def create_teacher(
+    settings: Settings, start: Start, data_config: dict[str, Any]
+) -> tuple[Teacher, DistillationWeights] | None:
+    """Make the teacher of the settings, and settle the weights of its terms; None: there is none.
 
     Args:
-        options: name the teacher.
+        settings: name the teacher.
         start: the student, with the weights that it starts from.
         data_config: of the images that the student takes.
 
     Raises:
         ValueError: the teacher cannot be made, or cannot teach what it is to teach.
     """
-    if options.teacher is None:
+    if settings.teacher is None:
         return None
-    model, knows_classes = _teacher_model(options, start)
-    if options.attention_weight > 0:
+    model, knows_classes = _teacher_model(settings, start)
+    if settings.attention_weight > 0:
         check_attends(model)
-    teacher = _fit_images(model, options.teacher, data_config)
+    teacher = _fit_images(model, settings.teacher, data_config)
     with torch.no_grad():
         image = torch.zeros(1, *data_config['input_size'])
         try:
-            taught = teacher.eval()(image, options.attention_weight > 0)
+            taught = teacher.eval()(image, settings.attention_weight > 0)
         # A model that is not made like a ViT may fail in any way.
         except Exception as error:
-            raise ValueError(f'cannot take {options.teacher} for a teacher: {first_line(error)}') from error
+            raise ValueError(f'cannot take {settings.teacher} for a teacher: {one_line(error)}') from error
         learned = observed(deepcopy(start.model).eval(), image)
     knows_classes &= taught.logits.shape == learned.logits.shape
-    return Distillation(teacher, _weights(options, knows_classes, taught.features.shape, learned.features.shape))
+    return teacher, _weights(settings, knows_classes, taught.features.shape, learned.features.shape)
 
 
-def _teacher_model(options: Options, start: Start) -> tuple[nn.Module, bool]:
+def _teacher_model(settings: Settings, start: Start) -> tuple[nn.Module, bool]:
     """The teacher, and whether its classifier was trained."""
-    name = str(options.teacher)
+    name = str(settings.teacher)
     if name == SELF:
-        if options.checkpoint is None and not options.pretrained:
+        if settings.checkpoint is None and not settings.pretrained:
             raise ValueError('expected --pretrained or --checkpoint with --teacher self, got an untrained model')
         model = deepcopy(start.model)
         model.set_num_patches(None)
         return model, start.knows_classes
     if Path(name).is_file():
         known = classes_of_checkpoint(name) or 0
-        same = with_weights_of(options, name)
+        same = with_weights_of(settings, name)
         return create_model(same, known, weights=True, overlay={'num_classes': known}), known > 0
     check_registered(name, 'vit_*_patch16_224')
     try:
         return timm.create_model(name, pretrained=True), True
     # Weights that are out of reach or damaged fail in many ways.
     except Exception as error:
-        raise ValueError(f'cannot create the teacher {name}: {first_line(error)}') from error
+        raise ValueError(f'cannot create the teacher {name}: {one_line(error)}') from error
 
 
 def _fit_images(model: nn.Module, name: str, data_config: dict[str, Any]) -> Teacher:
@@ -86,27 +87,27 @@ def _fit_images(model: nn.Module, name: str, data_config: dict[str, Any]) -> Tea
     return Teacher(model, size, *(list(each) for each in zip(*scale_and_shift, strict=True)))
 
 
-def _weights(options: Options, knows_classes: bool, taught: torch.Size, learned: torch.Size) -> Weights:
-    """Settle the weights that the options leave open, and refuse those that cannot be."""
+def _weights(settings: Settings, knows_classes: bool, taught: torch.Size, learned: torch.Size) -> DistillationWeights:
+    """Settle the weights that the settings leave open, and refuse those that cannot be."""
     fits = taught == learned
-    logits, token = options.distill_weight, options.token_weight
+    logits, token = settings.distill_weight, settings.token_weight
     if logits and not knows_classes:
         raise ValueError(
             f"expected a teacher whose classifier was trained on the data's classes for --distill-weight {logits:g}, "
-            f'got {options.teacher}; set --distill-weight 0 and take --token-weight or --attention-weight'
+            f'got {settings.teacher}; set --distill-weight 0 and take --token-weight or --attention-weight'
         )
     if token and not fits:
         raise ValueError(
             f'expected a teacher as wide as the model for --token-weight, features of {list(learned[1:])}, '
-            f'got {list(taught[1:])} of {options.teacher}'
+            f'got {list(taught[1:])} of {settings.teacher}'
         )
     if logits is None:
         logits = 0.5 if knows_classes else 0.0
     if token is None:
         token = 1.0 if fits and not knows_classes else 0.0
-    if not (logits or token or options.attention_weight):
+    if not (logits or token or settings.attention_weight):
         raise ValueError(
-            f'expected something to learn from the teacher {options.teacher}, got weights of 0 only: its classes are '
+            f'expected something to learn from the teacher {settings.teacher}, got weights of 0 only: its classes are '
             f'{"" if knows_classes else "not "}those of the data, its width {"fits" if fits else "does not fit"}'
         )
-    return Weights(logits, options.distill_temperature, token, options.attention_weight)
+    return DistillationWeights(logits, settings.distill_temperature, token, settings.attention_weight)

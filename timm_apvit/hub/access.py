@@ -1,11 +1,12 @@
 """Access to the Hub: what a repository may be called, who may write to it, and errors that say what to do."""
 
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from huggingface_hub import HfApi, ModelCard, get_token
 from huggingface_hub.utils import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, validate_repo_id
+
+from timm_apvit.failures import one_line
 
 
 def check_repo_id(repo_id: str) -> None:
@@ -71,9 +72,3 @@ def explained(repo_id: str, token: bool | str | None = None) -> Iterator[None]:
         if answer is not None:
             raise ConnectionError(f'the Hub did not take {repo_id}: {one_line(error)}') from error
         raise ConnectionError(f'cannot reach the Hub for {repo_id}: {one_line(chain[-1])}') from error
-
-
-def one_line(error: BaseException) -> str:
-    """An error's message in one line, without where to read of it, or its name."""
-    text = re.sub(r'\s*For more information check: \S+', '', str(error))
-    return ' '.join(text.split()) or type(error).__name__

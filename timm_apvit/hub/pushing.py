@@ -11,7 +11,8 @@ from typing import NamedTuple
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from timm import create_model
 
-from timm_apvit.hub.access import check_access, check_card, check_repo_id, explained, one_line
+from timm_apvit.failures import one_line
+from timm_apvit.hub.access import check_access, check_card, check_repo_id, explained
 from timm_apvit.hub.card import PICTURE, CardDetails, model_card, with_origin
 from timm_apvit.hub.labels import LabelNames, saved_label_names
 from timm_apvit.hub.saving import SAVED, save_pretrained

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import tempfile
 from itertools import zip_longest
 from pathlib import Path
@@ -13,7 +14,7 @@ from timm.models import is_model, save_for_hf
 from timm.models.eva import Eva
 from torch import nn
 
-from timm_apvit.hub.access import one_line
+from timm_apvit.failures import one_line
 from timm_apvit.hub.labels import LabelNames, checked_label_names
 from timm_apvit.models.mixin import APViT, check_apvit
 from timm_apvit.patching.transforms import other_bounds
@@ -96,11 +97,15 @@ def save_pretrained(
             config.json can hold, or labels of other classes.
     """
     _check_model(model)
+    target = Path(directory)
+    if (before := _loaded_by_transformers(model, target)) is not None:
+        model.pretrained_cfg = {**model.pretrained_cfg, **before['pretrained_cfg']}
+        if label_names is None and len(before.get('label_names') or ()) == model.num_classes:
+            label_names = before['label_names']
     config = {**({'base_model': model.base_model} if model.base_model else {}), **(model_config or {})}
     if label_names is not None:
         config['label_names'] = checked_label_names(label_names, model.num_classes)
     model_args = reconstruction_args(model)
-    target = Path(directory)
     target.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target, prefix='.saving-') as unfinished:
         try:
@@ -109,7 +114,18 @@ def save_pretrained(
             raise ValueError(f'expected weights that safetensors can hold: {one_line(error)}') from error
         _mend_config(Path(unfinished, 'config.json'), model.patch_embed.patching.in_chans, model.patch_embed.img_size)
         for name in SAVED:
+            # safetensors makes files that only their owner reads.
+            shutil.copymode(Path(unfinished, 'config.json'), Path(unfinished, name))
             Path(unfinished, name).replace(target / name)
+
+
+def _loaded_by_transformers(model: APViT, folder: Path) -> dict[str, Any] | None:
+    """The configuration in a folder of which transformers made a model, as that does not tell the model of it."""
+    path = folder / 'config.json'
+    if not path.is_file() or not any(getattr(p, '_is_hf_initialized', False) for p in model.parameters()):
+        return None
+    config: dict[str, Any] = json.loads(path.read_text())
+    return config if config.get('architecture') == model.pretrained_cfg.get('architecture') else None
 
 
 def _check_model(model: Any) -> None:

@@ -2,7 +2,8 @@
 
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,12 +12,13 @@ import torch
 from timm.data import resolve_data_config
 from torch import Tensor
 
+from timm_apvit.files import AnyPath
 from timm_apvit.models.mixin import APViT
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    AnyImage = Tensor | np.ndarray[Any, Any] | Image | str | os.PathLike[str]
+    AnyImage = Tensor | np.ndarray[Any, Any] | Image | AnyPath
 
 # Longer side of what is made of an image file: no screen shows more, and a photograph of 100 megapixels takes minutes.
 LONGEST = 1024
@@ -24,8 +26,10 @@ WITH_ALPHA = ('RGBA', 'LA', 'PA', 'La', 'RGBa')
 DEEP = ('I;16', 'I;16B', 'I;16L', 'I;16N', 'I', 'F')
 
 
-def image_config(model: APViT) -> dict[str, Any]:
-    """Size and normalisation of the images that an APViT takes."""
+def image_config(model: Any) -> dict[str, Any]:
+    """Size and normalisation of the images that a model of timm takes."""
+    if not isinstance(model, APViT):
+        return dict(resolve_data_config({}, model=model))
     in_chans = model.patch_embed.patching.in_chans
     img_size: tuple[int, int] = model.patch_embed.img_size
     config: dict[str, Any] = resolve_data_config({'input_size': (in_chans, *img_size)}, model=model)
@@ -74,11 +78,31 @@ def read_image(source: 'AnyImage', in_chans: int = 3, longest: int | None = None
         raise ValueError(f'expected an image: a path, a Pillow image, an array or a tensor, got {source!r:.80}')
     if isinstance(source, str) and source.startswith(('http://', 'https://')):
         raise FileNotFoundError(f'expected an image file, got {source!r}, which has to be downloaded first')
-    return _read_file(Path(source), in_chans, longest)
+    with opened(Path(source)) as image:
+        return _pixels(image, in_chans, longest)
 
 
-def _read_file(path: Path, in_chans: int, longest: int | None) -> Tensor:
-    """Read an image file; see `read_image`."""
+def eight_bit(image: 'Image', in_chans: int) -> 'Image':
+    """An image of Pillow in 8 bits a channel, of mode L or RGB, with the pixels that `read_image` sees.
+
+    So what a model is trained and tested on is what is drawn: upright, on white, and of deep ones the same contrast.
+    """
+    from PIL import Image, ImageOps
+
+    image = ImageOps.exif_transpose(image)
+    if image.mode in DEEP:
+        image = Image.fromarray((255 * np.asarray(_deep(image))).round().astype(np.uint8))
+    return _on_white(image).convert('L' if in_chans == 1 else 'RGB')
+
+
+@contextmanager
+def opened(path: Path) -> Iterator['Image']:
+    """Open an image file, upright.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is not an image or is damaged, as far as what is done with it shows.
+    """
     from PIL import Image, ImageOps
 
     if not path.is_file():
@@ -90,13 +114,18 @@ def _read_file(path: Path, in_chans: int, longest: int | None) -> Tensor:
             # size on it refuses them.
             warnings.simplefilter('ignore')
             with Image.open(path) as image:
-                return _pixels(ImageOps.exif_transpose(image), in_chans, longest)
+                yield ImageOps.exif_transpose(image)
     # Damaged files fail in as many ways as there are formats.
     except Exception as error:
-        reason = ' '.join(str(error).split()) or type(error).__name__
-        if isinstance(error, OSError) and 'cannot identify' in reason:
-            reason = 'Pillow does not know its format'
-        raise ValueError(f'expected an image file, got {str(path)!r}, which cannot be read: {reason}') from error
+        raise ValueError(unreadable(path, error)) from error
+
+
+def unreadable(path: AnyPath, error: Exception) -> str:
+    """Say in a sentence why an image file cannot be read."""
+    reason = ' '.join(str(error).split()) or type(error).__name__
+    if isinstance(error, OSError) and 'cannot identify' in reason:
+        reason = 'Pillow does not know its format'
+    return f'expected an image file, got {str(path)!r}, which cannot be read: {reason}'
 
 
 def _pixels(image: 'Image', in_chans: int, longest: int | None) -> Tensor:
