@@ -1,6 +1,7 @@
 """The fine-tuning command."""
 
 import argparse
+import os
 from typing import Any
 
 from timm_apvit.cli.push import again, push_directory, tell
@@ -17,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(given: dict[str, Any]) -> None:
     """Fine-tune a model, and push it if that is asked for."""
     directory = finetune(given)
-    if given.get('push_to_hub') is None:
+    if given.get('push_to_hub') is None or int(os.environ.get('RANK', '0')):  # the main process pushes
         return
     pushed: dict[str, Any] = {'directory': directory, 'repo_id': given['push_to_hub']}
     pushed.update({'private': True} if given.get('private') else {})

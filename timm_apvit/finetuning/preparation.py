@@ -75,7 +75,7 @@ def with_defaults(settings: Settings) -> Settings:
     of_vit = chooses and (settings.pretrained or (settings.checkpoint is not None and is_of_a_vit(settings.checkpoint)))
     filled = {
         'localizer': 'glance' if of_vit else None,
-        'glance_epochs': 10 if fine_tuned else 0,
+        'glance_epochs': 10 if fine_tuned and settings.localizer in (None, 'glance') else 0,
         'twin': embedded,
         'epochs': epochs,
         'lr': 2e-4 if fine_tuned else 1e-3,

@@ -33,6 +33,6 @@ class StopSignals:
             signal.signal(number, handler)
 
     def _ask(self, number: int, _: Any) -> None:
-        if self.number:
+        if self.number and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.number = number
