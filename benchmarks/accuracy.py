@@ -31,11 +31,12 @@ from torch import nn
 
 from timm_apvit import APViT
 from timm_apvit.files import write_atomically
-from timm_apvit.finetuning.batches import Splits, batches_to_train
+from timm_apvit.finetuning.checkpoints import CheckpointStore
 from timm_apvit.finetuning.evaluation import autocast, images_per_second
-from timm_apvit.finetuning.folder import CheckpointStore
-from timm_apvit.finetuning.loop import Row, Training
+from timm_apvit.finetuning.loop import Training
 from timm_apvit.finetuning.processes import create_accelerator
+from timm_apvit.finetuning.report import Row
+from timm_apvit.finetuning.samples import Splits
 from timm_apvit.finetuning.settings import Settings
 from timm_apvit.finetuning.values import format_budget, number
 from timm_apvit.learning.glance import fit_glance
@@ -167,7 +168,7 @@ def fit(model: nn.Module, splits: Splits, training: Settings) -> float | None:
         return None
     start = time.monotonic()
     model.to(training.device)
-    batches = (batches_to_train(splits.train, epoch, training.batch_size) for epoch in range(GLANCED))
+    batches = (splits.train.training_batches(epoch, training.batch_size) for epoch in range(GLANCED))
     with autocast(torch.device(str(training.device)), training.amp):
         fit_glance(model, itertools.chain.from_iterable(batches), GLANCE_EPOCHS)
     return time.monotonic() - start

@@ -15,9 +15,8 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from timm_apvit.finetuning.batches import Splits
 from timm_apvit.finetuning.clutter import Clutter, ClutteredObjects, enlarging_weights
-from timm_apvit.finetuning.samples import Samples
+from timm_apvit.finetuning.samples import Samples, Splits
 
 DEBIAN = Path('/usr/share/datasets/fashion-mnist')
 NAMES = ('t-shirt', 'trouser', 'pullover', 'dress', 'coat', 'sandal', 'shirt', 'sneaker', 'bag', 'ankle boot')

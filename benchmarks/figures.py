@@ -17,7 +17,7 @@ from skimage import data
 
 from timm_apvit.cli.main import main as timm_apvit
 from timm_apvit.files import replacing
-from timm_apvit.finetuning.folder import snapshots
+from timm_apvit.finetuning.checkpoints import snapshots
 from timm_apvit.finetuning.models import load_model
 from timm_apvit.pictures.figures import load_drawing
 from timm_apvit.pictures.plots import animate_training, compare, plot_patches

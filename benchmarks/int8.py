@@ -20,7 +20,8 @@ from environment import counted, new_file, write_report
 from timing import keep_memory, time_in_turns
 from torch import nn
 
-from timm_apvit.cli.evaluate import load_subject
+from timm_apvit.cli.evaluate import load_evaluated
+from timm_apvit.cli.options import BATCH_SIZE
 from timm_apvit.finetuning.evaluation import evaluate
 
 
@@ -41,18 +42,18 @@ def mebibytes(model: nn.Module) -> float:
 
 def measure(run: str, name: str, num_patches: int, rounds: int) -> list[dict[str, Any]]:
     """Accuracy of a run's model, and size and time of a registered one, in 32 bits and in 8."""
-    subject = load_subject({'model': run, 'device': 'cpu'})
+    entry = load_evaluated({'model': run, 'device': 'cpu'})
     large = timm.create_model(name, num_patches=num_patches).eval()
-    trained = {'float32': subject.model, 'int8': in_int8(subject.model)}
+    trained = {'float32': entry.model, 'int8': in_int8(entry.model)}
     timed = {'float32': large, 'int8': in_int8(large)}
     image = torch.randn(8, 3, *large.patch_embed.img_size)
     with torch.inference_mode():
         seconds = time_in_turns({kind: lambda model=model: model(image) for kind, model in timed.items()}, rounds)
     rows = []
     for kind, model in trained.items():
-        scores = evaluate(model, subject.splits, subject.batch_size)
+        scores = evaluate(model, entry.splits, BATCH_SIZE)
         speed = {'mebibytes': mebibytes(timed[kind]), 'milliseconds': 1000 * statistics.median(seconds[kind])}
-        rows.append({'kind': kind, **scores._asdict(), **speed})
+        rows.append({'kind': kind, **scores, **speed})
     return rows
 
 

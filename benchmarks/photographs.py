@@ -17,8 +17,7 @@ from PIL import Image
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 
-from timm_apvit.finetuning.batches import Splits
-from timm_apvit.finetuning.samples import Samples
+from timm_apvit.finetuning.samples import Samples, Splits
 
 CLIP_ART = Path('/usr/share/openclipart/png')
 OPENCV = Path('/usr/share/doc/opencv-doc/examples')

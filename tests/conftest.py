@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -51,6 +52,28 @@ def dinov2_file() -> str:
     if not path.is_file():
         pytest.skip(f'set APVIT_DINOV2 to a file {DINOV2} for tests on real weights')
     return str(path)
+
+
+@pytest.fixture
+def second_epoch(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What becomes of the loss in the first update of the second epoch: ``second_epoch['act'] = act``."""
+    from timm_apvit.finetuning.learner import Learner
+
+    acts: dict[str, Any] = {}
+    update = Learner.update
+
+    def failing(self: Any, micro_batches: Any, number: int) -> Any:
+        criterion = self.task.criterion
+        compute = criterion.forward
+        if number == 2:
+            criterion.forward = lambda *args: acts['act'](compute(*args))
+        try:
+            return update(self, micro_batches, number)
+        finally:
+            criterion.forward = compute
+
+    monkeypatch.setattr(Learner, 'update', failing)
+    return acts
 
 
 def randomise(model: nn.Module, seed: int = 0, std: float = 0.04) -> nn.Module:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from timm_apvit.finetuning.batches import Splits
+from timm_apvit.finetuning.samples import Splits
 from timm_apvit.finetuning.settings import Settings
 from timm_apvit.finetuning.sources import load_splits
 

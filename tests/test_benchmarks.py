@@ -13,6 +13,8 @@ sys.path.insert(0, str(BENCHMARKS))
 
 import cost  # noqa: E402
 import int8  # noqa: E402
+import loops  # noqa: E402
+import probe  # noqa: E402
 import sampling  # noqa: E402
 import speed  # noqa: E402
 import startup  # noqa: E402
@@ -25,7 +27,7 @@ from timm_apvit.cli.main import main  # noqa: E402
 from timm_apvit.finetuning.clutter import Clutter, ClutteredObjects  # noqa: E402
 
 
-@pytest.mark.parametrize('benchmark', [cost, int8, sampling, speed, startup, transforms])
+@pytest.mark.parametrize('benchmark', [cost, int8, loops, sampling, speed, startup, transforms])
 @pytest.mark.parametrize('output', ['no/such/folder/x.json', '.'])
 def test_rejects_before_measuring_what_cannot_be_written(benchmark, output, monkeypatch, capsys):
     monkeypatch.setattr(sys, 'argv', ['benchmark', '--output', output])
@@ -273,6 +275,21 @@ def test_int8_is_measured_on_a_runs_own_test_images(run, tmp_path):
     assert exact['loss'] == pytest.approx(rounded['loss'], abs=0.1)
     assert exact['loss'] != rounded['loss']
     assert rounded['mebibytes'] < 0.7 * exact['mebibytes']
+
+
+@pytest.mark.slow
+def test_the_command_and_a_loop_of_timms_parts_learn_the_same():
+    own, timms = (loops.learn((name, 0, 128, 2)) for name in ('command', 'timm'))
+    assert own['images'] == 1000
+    assert own['loss'] == timms['loss'] < 2.31
+
+
+def test_a_probe_reads_what_features_tell():
+    labels = torch.arange(60) % 3
+    told = torch.nn.functional.one_hot(labels, 3) + 0.1 * torch.randn(60, 3)
+    assert probe.probe((told, labels), (told[:30], labels[:30]), 3)['top1'] == 1.0
+    silent = torch.randn(60, 3)
+    assert probe.probe((silent, labels), (torch.randn(300, 3), torch.arange(300) % 3), 3)['top1'] < 0.6
 
 
 def test_cost_is_that_of_the_localiser_and_the_sampling_above_all():

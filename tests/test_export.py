@@ -1,5 +1,6 @@
 """Exported models give the logits of their models, and nothing that does not is left behind."""
 
+import json
 import shutil
 import subprocess
 import sys
@@ -35,7 +36,7 @@ def tiny(**kwargs: Any) -> Any:
 @pytest.fixture(scope='module')
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp('model')
-    save_pretrained(tiny(), directory)
+    save_pretrained(tiny(), directory, label_names=list('abcde'))
     return directory
 
 
@@ -70,6 +71,9 @@ def test_onnx_file_gives_the_logits_of_any_batch(
     assert left_in(tmp_path) == {'x.onnx'}
 
     written = onnx.load(path)
+    facts = {each.key: json.loads(each.value) for each in written.metadata_props}
+    assert facts['img_size'] == ([40, 24] if options else [32, 32])
+    assert [facts['mean'], facts['label_names']] == [[0.5] * 3, list('abcde')]
     assert [(each.domain, each.version) for each in written.opset_import] == [('', opset)]
     ends = [*written.graph.input, *written.graph.output]
     assert [(end.name, end.type.tensor_type.shape.dim[0].dim_param) for end in ends] == [
@@ -110,6 +114,9 @@ def test_program_gives_the_logits_without_this_package(saved: Path, tmp_path: Pa
     assert ran.returncode == 0, ran.stderr
     model = timm.create_model(f'local-dir:{saved}', pretrained=True).eval()
     torch.testing.assert_close(torch.load(tmp_path / 'image'), model(image), rtol=0, atol=1e-5)
+    extra = {export.METADATA: ''}
+    torch.export.load(tmp_path / 'x.pt2', extra_files=extra)
+    assert json.loads(extra[export.METADATA])['label_names'] == list('abcde')
 
 
 @pytest.mark.slow

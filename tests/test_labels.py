@@ -50,6 +50,7 @@ def test_names_by_number_are_in_the_order_of_the_numbers():
         ([0, 1, 2], 'expected label_names that are strings, got 0, 1, 2'),
         (['owl', 'tit'], "expected names of 3 classes, got 2: 'owl', 'tit'"),
         ([], 'expected names of 3 classes, got 0'),
+        (['owl', 'tit', 'owl'], "expected label_names that all differ, got 'owl' more than once"),
         (['owl'] * 7, "got 7: 'owl', 'owl', 'owl', 'owl', 'owl', ..."),
     ],
 )

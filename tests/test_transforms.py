@@ -65,6 +65,9 @@ def test_a_checkpoint_with_bounds_of_its_own_may_change_its_family(keystone, tmp
     assert 'max_keystone' not in turned.adaptive_args()
     timm_apvit.save_pretrained(turned, tmp_path / 'again')
     assert 'max_keystone' not in (tmp_path / 'again/config.json').read_text()
+    timm.create_model(f'local-dir:{tmp_path}', pretrained=True, transform='affine')  # what it lacks does nothing
+    torch.nn.init.ones_(model.patch_embed.patching.localizer.fields['keystone'].bias)
+    timm_apvit.save_pretrained(model, tmp_path)
     with pytest.raises(ValueError, match=r'unexpected keys: .*fields\.keystone'):
         timm.create_model(f'local-dir:{tmp_path}', pretrained=True, transform='affine')
 

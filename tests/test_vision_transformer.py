@@ -2,6 +2,7 @@
 
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -125,6 +126,26 @@ def test_rejects_bad_image_shapes(shape):
 def test_rejects_integer_images():
     with pytest.raises(ValueError, match=r'floating-point image, got dtype torch\.uint8'):
         create()(torch.zeros(1, 3, 160, 160, dtype=torch.uint8))
+
+
+@pytest.mark.parametrize('image', [np.zeros((1, 3, 160, 160), np.float32), 'image.jpg', None])
+def test_rejects_what_is_no_tensor(image):
+    model = create()
+    for call in (model, model.patch_geometry):
+        with pytest.raises(TypeError, match=r'expected images as a tensor \(B, C, H, W\), got '):
+            call(image)
+
+
+def test_img_size_is_a_count_or_two():
+    assert timm.create_model('test_apvit', img_size=np.int64(32)).patch_embed.img_size == (32, 32)
+    for size in ('224', 224.5, (224,), True, (32, 0)):
+        with pytest.raises(ValueError, match='expected img_size to be an integer >= 1 or'):
+            timm.create_model('test_apvit', img_size=size)
+
+
+def test_a_slip_of_an_argument_names_the_nearest():
+    with pytest.raises(TypeError, match="got 'max_shfit': did you mean max_shift"):
+        timm.create_model('test_apvit', max_shfit=1.0)
 
 
 def test_empty_batch_gives_an_empty_result():

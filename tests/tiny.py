@@ -10,13 +10,16 @@ import torch
 from conftest import move_patches
 
 import timm_apvit
-from timm_apvit.finetuning.batches import Splits
+from timm_apvit.cli.main import main
 from timm_apvit.finetuning.digits import load_embedded_digits
 from timm_apvit.finetuning.learner import Learner
 from timm_apvit.finetuning.objectives import create_mixup, create_task
 from timm_apvit.finetuning.processes import create_accelerator
+from timm_apvit.finetuning.samples import Splits
 from timm_apvit.finetuning.settings import Settings
 
+TINY = '--model test_apvit --model-kwargs depth=1 --img-size 32 --num-patches 2 --samples 8 --test-samples 4'
+TINY += ' --batch-size 4 --epochs 3 --no-twin --threads 1 --device cpu'
 SETTINGS = Settings(epochs=2, batch_size=8, lr=1e-3, layer_decay=1.0, warmup=0.0, workers=0, device='cpu')
 
 
@@ -63,3 +66,15 @@ def read_metrics(directory: Path) -> list[dict[str, Any]]:
     """The metrics of a run, but for the time that it took."""
     rows = [json.loads(line) for line in (directory / 'metrics.jsonl').read_text().splitlines()]
     return [{name: value for name, value in row.items() if name != 'seconds'} for row in rows]
+
+
+def run(directory: Path, *more: str) -> int:
+    """The exit status of a tiny run in a new folder, with further options."""
+    return main(['finetune', *TINY.split(), '--output', str(directory), *more])
+
+
+def check_kept(directory: Path, error: str) -> None:
+    """The first epoch's checkpoint is whole, and people are told how to go on from it."""
+    assert f'the last checkpoint is kept in {directory}/last; continue with --resume {directory}' in error
+    assert len((directory / 'metrics.jsonl').read_text().splitlines()) == 1
+    assert all(value.isfinite().all() for value in weights_of(directory).values())

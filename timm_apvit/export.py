@@ -1,26 +1,28 @@
 """Export to ONNX, a program of torch.export or a compiled package, each checked against the model that it is of."""
 
-import importlib.util
+import json
 import logging
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from timm_apvit.failures import one_line
+from timm_apvit.failures import one_line, require
 from timm_apvit.files import AnyPath, check_writable, replacing
 from timm_apvit.models.mixin import APViT, check_apvit
+from timm_apvit.pictures.images import image_config
 
 FORMATS = {'onnx': '.onnx', 'torch': '.pt2', 'aoti': '.pt2'}  # the first of an ending is its default
 OPSET = 20
 OLDEST_OPSET = 18
 BATCH_SIZES = (1, 2, 5)  # that an export is checked on
+METADATA = 'images.json'  # of the images that a program of torch.export takes
 TOLERANCE = 1e-4  # of the outputs, or of the largest of them if that is above 1
 
 
@@ -64,8 +66,9 @@ def export_model(
 ) -> Exported:
     """Export a model as it is in eval mode: images ``(B, C, H, W)``, B free -> what it returns for them, in float32.
 
-    The file runs without this package, on the CPU. It is read again and compared with the model on batches of several
-    sizes before it takes its name, so that what is there is whole and was checked.
+    The file runs without this package, on the CPU, and says what images it takes (`image_facts`): as properties of an
+    ONNX model, in JSON, or as the extra file ``images.json`` of a program. It is read again and compared with the model
+    on batches of several sizes before it takes its name, so that what is there is whole and was checked.
 
     Args:
         model: stays as it is.
@@ -124,8 +127,7 @@ def checked_format(path: AnyPath, format: str | None, opset: int) -> str:
         if opset < OLDEST_OPSET:
             raise ValueError(f'expected an opset >= {OLDEST_OPSET}, got {opset}')
         for module in ('onnx', 'onnxscript', 'onnxruntime'):
-            if importlib.util.find_spec(module) is None:
-                raise ModuleNotFoundError(f"export to ONNX needs {module}: pip install 'timm-apvit[export]'")
+            require(module, 'export to ONNX', "'timm-apvit[export]'")
     return format
 
 
@@ -142,8 +144,9 @@ def _write(model: APViT, path: Path, format: str, size: tuple[int, int], opset: 
     """Trace a model and write it in a format."""
     free = ({0: torch.export.Dim('batch')},)
     program = torch.export.export(model, (_images(model, 2, size),), dynamic_shapes=free)
+    facts = image_facts(model, size)
     if format == 'torch':
-        torch.export.save(program, path)
+        torch.export.save(program, path, extra_files={METADATA: json.dumps(facts)})
     elif format == 'aoti':
         torch._inductor.aoti_compile_and_package(program, package_path=str(path))
     else:
@@ -158,6 +161,19 @@ def _write(model: APViT, path: Path, format: str, size: tuple[int, int], opset: 
             external_data=False,
             verbose=False,
         )
+        import onnx
+
+        written = onnx.load(path)
+        onnx.helper.set_model_props(written, {key: json.dumps(value) for key, value in facts.items()})
+        onnx.save(written, path)
+
+
+def image_facts(model: APViT, size: tuple[int, int]) -> dict[str, Any]:
+    """What the file says of the images that it takes, and of what it gives."""
+    config = image_config(model)
+    facts = {'img_size': size, 'mean': config['mean'], 'std': config['std'], 'interpolation': config['interpolation']}
+    names = model.pretrained_cfg.get('label_names')
+    return {**facts, 'crop_pct': config['crop_pct'], **({} if names is None else {'label_names': list(names)})}
 
 
 def _read(path: Path, format: str) -> Callable[[Tensor], Tensor]:

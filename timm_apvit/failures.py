@@ -1,9 +1,8 @@
 """What went wrong, in words that say what to do."""
 
 import errno
+import importlib.util
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 
@@ -11,30 +10,14 @@ OUT_OF_SPACE = {errno.ENOSPC, errno.EDQUOT}
 LONGEST = 600  # characters of another library's message
 
 
-class RefusedError(Exception):
-    """Bad input, found before any work."""
-
-
 class FailedError(Exception):
-    """Work that failed or was interrupted, and what is left of it.
-
-    Args:
-        text: for people; nothing where another process says it.
-        status: of the process when it ends.
-    """
-
-    def __init__(self, text: str, status: int = 1) -> None:
-        super().__init__(text)
-        self.status = status
+    """Work that failed, in words that also say what is left of it."""
 
 
-@contextmanager
-def refusing() -> Iterator[None]:
-    """Take what goes wrong inside, before any work, for bad input."""
-    try:
-        yield
-    except (ValueError, TypeError, OSError, ModuleNotFoundError) as error:
-        raise RefusedError(one_line(error)) from error
+def require(module: str, what: str, install: str = "'timm-apvit[finetune]'") -> None:
+    """Raise ModuleNotFoundError unless a module that something needs is installed, and say how to install it."""
+    if importlib.util.find_spec(module) is None:
+        raise ModuleNotFoundError(f'{what} needs {module}: pip install {install}')
 
 
 def explain(error: BaseException, remedy: str = '', several: bool = False) -> str:
@@ -46,25 +29,21 @@ def explain(error: BaseException, remedy: str = '', several: bool = False) -> st
         several: whether other processes take part.
     """
     text = one_line(error)
-    if is_out_of_memory(error):
+    # The CPU's allocator, and CUDA's libraries, say so in words only.
+    words = ('DefaultCPUAllocator', "can't allocate memory", 'CUDA error: out of memory', '_ALLOC_FAILED')
+    if isinstance(error, torch.OutOfMemoryError | MemoryError) or _says(error, words):
         return f'out of memory: {text}' + f'; {remedy}' * bool(remedy)
     if isinstance(error, OSError) and error.errno in OUT_OF_SPACE:
         return f'the disk is full: {text}; free some space'
-    if several and isinstance(error, RuntimeError) and is_of_communication(error):
+    lost = ('gloo', 'nccl', 'connection', 'timed out', 'timeout')
+    if several and (isinstance(error, torch.distributed.DistError) or _says(error, lost)):
         return f'another process of the training ended or does not answer: {text}'
     return text
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether the GPU, or the CPU, which says so in words only, ran out of memory."""
-    said = 'DefaultCPUAllocator' in str(error) or "can't allocate memory" in str(error)
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (isinstance(error, RuntimeError) and said)
-
-
-def is_of_communication(error: RuntimeError) -> bool:
-    """Whether processes lost each other."""
-    said = any(word in str(error).lower() for word in ('gloo', 'nccl', 'connection', 'timed out', 'timeout'))
-    return isinstance(error, torch.distributed.DistError) or said
+def _says(error: BaseException, words: tuple[str, ...]) -> bool:
+    """Whether torch tells one of these in its own words."""
+    return isinstance(error, RuntimeError) and any(word.lower() in str(error).lower() for word in words)
 
 
 def one_line(error: BaseException) -> str:
@@ -73,7 +52,9 @@ def one_line(error: BaseException) -> str:
     # All that a KeyError says is the key.
     said = f'{name}: {error}' if isinstance(error, KeyError) else str(error)
     # Where to read of an answer of the Hub, which says no more.
-    said = re.sub(r'\s*For more information check: \S+', '', said)
+    said = re.sub(
+        r'\s*(For more information check: \S+|If this checkpoint is trusted, .*weights_only=False\.?)', '', said
+    )
     lines = [line.strip() for line in (said.strip() or name).splitlines()]
     if lines[0].startswith('Caught ') and 'DataLoader worker' in lines[0]:
         return lines[-1].partition(': ')[2] or lines[-1]

@@ -1,10 +1,13 @@
 """Files that appear whole or not at all."""
 
+import csv
+import io
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from timm_apvit.failures import one_line
 
@@ -17,7 +20,9 @@ def check_writable(path: AnyPath, overwrite: bool = True) -> None:
     if path.is_dir() or not path.absolute().parent.is_dir():
         raise FileNotFoundError(f'expected a file in a folder that exists, got {str(path)!r}')
     if path.exists() and not overwrite:
-        raise FileExistsError(f'expected a file that does not exist yet, got {str(path)!r} (overwrite replaces it)')
+        raise FileExistsError(
+            f'expected a file that does not exist yet, got {str(path)!r} (overwrite=True, or --overwrite, replaces it)'
+        )
     if path.exists() and not path.is_file():  # a pipe or a device, which is written into
         return
     try:
@@ -27,10 +32,17 @@ def check_writable(path: AnyPath, overwrite: bool = True) -> None:
         raise PermissionError(f'expected a file in a folder that can be written to, got {str(path)!r}: {why}') from None
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Replace a file by another of this text: whoever reads it finds the one or the other, whole."""
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Replace a file by another of this content: whoever reads it finds the one or the other, whole."""
     with replacing(path) as unfinished:
-        unfinished.write_text(text)
+        unfinished.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def write_csv(path: Path, rows: Iterable[Sequence[Any]]) -> None:
+    """Write a table, its titles first, as `write_atomically` does."""
+    table = io.StringIO(newline='')
+    csv.writer(table, lineterminator='\n').writerows(rows)
+    write_atomically(path, table.getvalue())
 
 
 @contextmanager

@@ -4,10 +4,13 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+# What models are compared by, and its title.
+METRICS = {'top1': 'top-1', 'map': 'mAP'}
 # Columns of the table of results: key of a row, title, format.
 COLUMNS = (
-    ('top1', 'top-1', '.3f'),
+    *((metric, title, '.3f') for metric, title in METRICS.items()),
     ('top5', 'top-5', '.3f'),
+    ('micro_f1', 'F1', '.3f'),
     ('loss', 'loss', '.3f'),
     ('multiply_adds', 'M multiply-adds', '.1f'),
 )
@@ -19,7 +22,7 @@ def check_results(results: Any) -> None:
     if not isinstance(rows, list | tuple) or not rows or not all(isinstance(row, Mapping) for row in rows):
         raise ValueError(f'expected results with rows, as evaluate writes them, got {_shortened(results)}')
     for row in rows:
-        if not {'budget', 'num_patches', 'top1'} <= row.keys():
+        if not ({'budget', 'num_patches'} <= row.keys() and METRICS.keys() & row.keys()):
             raise ValueError(f'expected rows with budget, num_patches and top1, got {_shortened(row)}')
         speeds = row.get('images_per_second', {})
         if not isinstance(speeds, Mapping):

@@ -4,13 +4,14 @@ import re
 import shutil
 import subprocess
 import sys
+import types
 from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import pytest
 
+import timm_apvit.__main__
 from timm_apvit.cli.main import COMMANDS, PROGRAM, main, make_parser
-from timm_apvit.failures import RefusedError
 
 PROJECT = Path(__file__).parents[2] / 'pyproject.toml'
 
@@ -25,7 +26,16 @@ def said(capsys, *arguments):
 def test_console_script_is_the_module():
     entry = re.search(r'^\[project\.scripts\]\n(\S+) = "(.*)"', PROJECT.read_text(), re.M)
     assert entry[1] == PROGRAM
-    assert EntryPoint(entry[1], entry[2], 'console_scripts').load() is main
+    assert EntryPoint(entry[1], entry[2], 'console_scripts').load() is timm_apvit.__main__.main
+
+
+def test_ctrl_c_while_modules_load_is_a_line(monkeypatch, capsys):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(sys.modules, 'timm_apvit.cli.main', types.SimpleNamespace(main=interrupted))
+    assert timm_apvit.__main__.main() == 130
+    assert capsys.readouterr().err == 'interrupted; nothing was written\n'
 
 
 @pytest.mark.parametrize(('path', 'name'), [
@@ -85,11 +95,18 @@ def test_rejects_modules_that_cannot_be_imported(module, message, tmp_path, monk
     assert f'cannot import {module!r}: {message}' in output.err
 
 
+def test_a_slip_of_an_option_names_the_nearest(capsys):
+    status, output = said(capsys, 'finetune', '--epohcs', '3')
+    assert status == 2
+    assert 'unrecognized arguments: --epohcs; did you mean --epochs?' in output.err
+    assert output.err.count('\n') == 1
+
+
 def test_errors_are_a_line_or_with_debug_a_traceback(tmp_path, capsys):
     command = ['evaluate', str(tmp_path / 'none'), str(tmp_path), '--device', 'cpu']
     assert main(command) == 2
     assert capsys.readouterr().err.count('\n') == 1
-    with pytest.raises(RefusedError):
+    with pytest.raises(FileNotFoundError, match='which does not exist'):
         main([*command, '--debug'])
 
 

@@ -73,7 +73,23 @@ def test_rejects_what_cannot_be_named(
     assert re.search(message, refused(lambda *given: main(list(given)), words, capsys))
 
 
-def test_a_file_that_is_no_image_is_named(saved: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / 'x.txt').write_text('x')
-    assert main(['predict', str(tmp_path / 'x.txt'), '--checkpoint', saved, '--device', 'cpu']) == 1
-    assert "x.txt', which cannot be read: Pillow does not know its format" in capsys.readouterr().err
+def test_files_that_cannot_be_read_are_left_out_and_told(
+    saved: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_images(tmp_path / 'photos', 3)
+    broken = tmp_path / 'photos/1.jpg'
+    broken.write_bytes(broken.read_bytes()[: broken.stat().st_size // 2])
+    command = ['predict', str(tmp_path / 'photos'), '--model', saved, '--device', 'cpu', '--batch-size', '1']
+    assert main([*command, '--csv', str(tmp_path / 'x.csv')]) == 1
+    rows = list(csv.DictReader((tmp_path / 'x.csv').read_text().splitlines()))
+    assert [Path(row['image']).name for row in rows] == ['0.jpg', '2.jpg']
+    error = capsys.readouterr().err
+    assert "1.jpg', which cannot be read: " in error
+    assert error.endswith('(1 of 3 are left out)\n')
+    broken.write_text('x')
+    assert main([*command, '--csv', str(tmp_path / 'x.csv')]) == 1
+    assert "1.jpg', which cannot be read: Pillow does not know its format (1 of 3" in capsys.readouterr().err
+    (tmp_path / 'x.csv').unlink()
+    assert main(['predict', str(broken), '--model', saved, '--device', 'cpu', '--csv', str(tmp_path / 'x.csv')]) == 1
+    assert capsys.readouterr().err.endswith('; nothing was predicted\n')
+    assert not (tmp_path / 'x.csv').exists()

@@ -65,9 +65,9 @@ def test_rejects_what_is_no_run_and_no_model(tmp_path: Path, capsys: pytest.Capt
     (tmp_path / 'damaged/best').mkdir()
     for name, message in {
         'none': 'expected the folder of a run or of a model',
-        '.': 'expected a folder that save_pretrained wrote, with model.safetensors',
-        'run': 'expected a run that saved a model',
-        'damaged': 'expected YAML, got a damaged',
+        '.': 'which holds neither config.yaml nor config.json',
+        'run': 'expected a run with a saved model',
+        'damaged': 'expected YAML or JSON, got a damaged',
     }.items():
         assert main(['push', str(tmp_path / name), 'me/model']) == 2
         assert message in capsys.readouterr().err

@@ -121,7 +121,25 @@ def test_checkpoint_is_a_run_or_a_folder_or_on_the_hub(
     assert sources == [
         f'local-dir:{run / "best"}', f'local-dir:{saved}', f'local-dir:{saved}',
         'hf-hub:someone/apvit-birds', 'hf-hub:a/b', 'test_apvit',
+        'test_apvit',  # once without its weights
     ]  # fmt: skip
+
+
+def test_a_run_without_snapshots_says_what_is_animated_instead(
+    saved: Path, photograph: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / 'run').mkdir()
+    (tmp_path / 'run/config.yaml').write_text('model: test_apvit')
+    (tmp_path / 'run/best').symlink_to(saved)
+    assert shows(photograph, '--model', tmp_path / 'run', '--animate', tmp_path / 'x.gif', '--img-size', '20') == 0
+    assert 'run kept no --snapshots: the animation is over numbers of patches.' in caplog.messages[0]
+
+
+def test_images_of_a_folder_are_drawn(saved: Path, photograph: Path, tmp_path: Path) -> None:
+    (tmp_path / 'x').mkdir()
+    assert shows(tmp_path, '--model', saved, '-o', tmp_path / 'x/x.png') == 0
+    with Image.open(tmp_path / 'x/x.png') as image:
+        assert image.width > 1.5 * image.height
 
 
 def test_names_that_no_font_has_are_drawn(saved: Path, photograph: Path, tmp_path: Path) -> None:
@@ -148,7 +166,6 @@ def test_rejects_bad_images(saved: Path, photograph: Path, tmp_path: Path, capsy
         ('text.jpg', 'which cannot be read: Pillow does not know its format'),
         ('cut.jpg', 'which cannot be read: '),
         ('none.jpg', 'which does not exist'),
-        ('', 'which is a folder'),
     ):
         error = refused(shows, [photograph, tmp_path / name, '--checkpoint', saved, '-o', tmp_path / 'x.png'], capsys)
         assert 'expected an image file, got ' in error
@@ -206,8 +223,8 @@ def test_failed_write_leaves_what_was_there(
         raise OSError(28, 'No space left on device')
 
     monkeypatch.setattr(Path, 'write_bytes', full)
-    error = refused(shows, [photograph, '--checkpoint', saved, '-o', tmp_path / 'x.png'], capsys)
-    assert 'No space left on device' in error
+    assert shows(photograph, '--checkpoint', saved, '-o', tmp_path / 'x.png') == 1
+    assert capsys.readouterr().err == 'error: the disk is full: [Errno 28] No space left on device; free some space\n'
     assert (tmp_path / 'x.png').read_text() == 'the picture before'
     assert left_in(tmp_path) == {'photograph.jpg', 'x.png'}
 
@@ -226,7 +243,7 @@ def test_rejects_bad_checkpoints(
     monkeypatch.setattr('huggingface_hub.constants.HF_HUB_OFFLINE', True)
     for checkpoint, message in (
         (vit, "expected an APViT, got 'local-dir:"),
-        ('test_vit', "expected an APViT, got 'test_vit', which is a VisionTransformer"),
+        ('test_vit', "expected an APViT, got 'test_vit', which is a ViT; its twin is test_apvit"),
         ('resnet18', "expected an APViT, got 'resnet18', which is a ResNet"),
         (broken, 'cannot create local-dir:'),
         (tmp_path / 'run', 'expected a run with a saved model, got '),

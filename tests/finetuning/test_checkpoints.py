@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from timm_apvit.files import check_writable, write_atomically
-from timm_apvit.finetuning.folder import CheckpointStore, check_vacant, create_run
+from timm_apvit.finetuning.checkpoints import CheckpointStore, check_vacant, create_run
 
 TRAINED = {'w': torch.arange(3.0)}
 
@@ -67,7 +67,7 @@ class Interrupter:
             (os, 'fsync'),
             (shutil, 'rmtree'),
             (torch, 'save'),
-            *((Path, method) for method in ('mkdir', 'rename', 'replace', 'symlink_to', 'unlink', 'write_text')),
+            *((Path, method) for method in ('mkdir', 'rename', 'replace', 'symlink_to', 'unlink', 'write_bytes')),
         ):
             monkeypatch.setattr(owner, name, self.guard(getattr(owner, name)))
 

@@ -11,9 +11,10 @@ import yaml
 from tiny import read_metrics
 
 from timm_apvit.cli.main import main
+from timm_apvit.cli.options import add_settings
 from timm_apvit.finetuning.config import config_text, read_config, resumed_settings, with_config
 from timm_apvit.finetuning.preparation import with_defaults
-from timm_apvit.finetuning.settings import FIELDS, REMOVED, Settings, add_settings
+from timm_apvit.finetuning.settings import FIELDS, REMOVED, Settings
 
 TINY = '--model test_apvit --img-size 32 --num-patches 2,1x3 --samples 32 --test-samples 16 --batch-size 16 --epochs 1'
 TINY += ' --model-kwargs drop_path_rate=0.1 jitter=0.1 depth=2 --threads 1 --device cpu --no-twin --seed 3'
@@ -45,6 +46,7 @@ def test_configuration_of_a_run_repeats_it_exactly(tmp_path: Path) -> None:
 
 OPTIONS = Settings(
     data='torch/mnist',
+    model='test_apvit',
     num_patches=(16, (3, 5)),
     model_kwargs={'img_size': (32, 48), 'global_pool': 'avg', 'class_token': False, 'max_shift': 2.0},
     scale=[0.1, 1.0],
@@ -169,5 +171,5 @@ def test_rejects_what_is_not_a_run(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r'holds config\.yaml, got'):
         resumed_settings(tmp_path, {})
     write(tmp_path / 'config.yaml', {'epochs': 3})
-    with pytest.raises(ValueError, match=r'the options of a run in .*, got none for aa, amp, '):
+    with pytest.raises(ValueError, match=r'the options of a run in .*, got none for model'):
         resumed_settings(tmp_path, {})

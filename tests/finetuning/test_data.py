@@ -11,10 +11,9 @@ from images import load_folder, write_images
 from PIL import Image
 from timm.data import create_transform
 
-from timm_apvit.finetuning.batches import Division, MicroBatches, Splits, batches_to_test, batches_to_train
 from timm_apvit.finetuning.clutter import Clutter, ClutteredObjects
 from timm_apvit.finetuning.digits import load_embedded_digits
-from timm_apvit.finetuning.samples import Samples, SeededSamples
+from timm_apvit.finetuning.samples import BatchSplit, Samples, SeededSamples, Splits, micro_batches
 
 
 @pytest.fixture
@@ -26,7 +25,7 @@ def folder(tmp_path: Path) -> Path:
 
 def epoch_of(samples: Samples, epoch: int, workers: int = 0, shuffle: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
     if shuffle:
-        batches = list(batches_to_train(samples, epoch, 2, workers=workers))
+        batches = list(samples.training_batches(epoch, 2, workers=workers))
     else:
         samples.epoch = epoch
         batches = [(image[None], torch.tensor([label])) for image, label in (samples[n] for n in range(len(samples)))]
@@ -85,29 +84,33 @@ def test_seeded_samples_leave_the_global_generators_alone(folder: Path) -> None:
 
 def test_last_small_batch_is_dropped_in_training_only() -> None:
     splits = load_embedded_digits(0, (1, 16, 16), 7, 7)
-    assert [len(labels) for _, labels in batches_to_train(splits.train, 0, 3)] == [3, 3]
-    assert [len(labels) for _, labels in batches_to_train(splits.train, 0, 8)] == [7]
-    assert [len(labels) for _, labels in batches_to_test(splits.test, 3)] == [3, 3, 1]
+    assert [len(labels) for _, labels in splits.train.training_batches(0, 3)] == [3, 3]
+    assert [len(labels) for _, labels in splits.train.training_batches(0, 8)] == [7]
+    assert [len(labels) for _, labels in splits.test.test_batches(3)] == [3, 3, 1]
 
 
 @pytest.mark.parametrize(('world', 'accumulated'), [(1, 1), (2, 1), (1, 3), (2, 3)])
 def test_micro_batches_of_all_processes_are_the_batches_of_one(world: int, accumulated: int) -> None:
     order = torch.randperm(26).tolist()
-    divided = [list(MicroBatches(order, 6, Division(rank, world, accumulated))) for rank in range(world)]
+    divided = [list(micro_batches(order, 6, BatchSplit(rank, world, accumulated))) for rank in range(world)]
     for update in range(4):
         parts = [part for own in divided for part in own[update * accumulated : (update + 1) * accumulated]]
         assert {len(part) for part in parts} == {6 // (world * accumulated)}
         assert sorted(index for part in parts for index in part) == sorted(order[update * 6 : update * 6 + 6])
-    later = MicroBatches(order, 6, Division(0, world, accumulated), done=3)
-    assert len(later) == accumulated
-    assert list(later) == divided[0][3 * accumulated :]
+
+
+def test_what_was_done_of_an_epoch_is_left_out() -> None:
+    samples = load_embedded_digits(0, (1, 16, 16), 40, 7).train
+    whole, rest = (list(samples.training_batches(2, 8, BatchSplit(0, 1, 2), done)) for done in (0, 3))
+    assert len(rest) == 4
+    assert all(torch.equal(a[0], b[0]) for a, b in zip(whole[6:], rest, strict=True))
 
 
 def test_weights_draw_samples_again_and_again() -> None:
     splits = load_embedded_digits(0, (1, 16, 16), 40, 7)
     weights = torch.zeros(40)
     weights[3] = 1.0
-    images = torch.cat([images for images, _ in batches_to_train(splits.train, 0, 8, weights=weights)])
+    images = torch.cat([images for images, _ in splits.train.training_batches(0, 8, weights=weights)])
     assert len(images) == 40
     assert torch.equal(images, splits.train[3][0].expand_as(images))
 
@@ -139,7 +142,7 @@ def test_clutter_is_made_of_pieces_that_are_no_whole_digits() -> None:
 
 
 def test_no_digit_is_both_trained_and_tested_on() -> None:
-    train, test, names = load_embedded_digits(0, (3, 16, 16), 4, 4)
+    train, test, names, *_ = load_embedded_digits(0, (3, 16, 16), 4, 4)
     assert isinstance(train, ClutteredObjects)
     assert isinstance(test, ClutteredObjects)
     assert len(train.objects) + len(test.objects) == 1797

@@ -17,8 +17,8 @@ def test_loss_and_accuracy_are_those_of_all_images() -> None:
     with torch.no_grad():
         logits = model.eval()(images)
     expected = F.cross_entropy(logits, labels).item(), (logits.argmax(1) == labels).float().mean().item()
-    assert found[:2] == pytest.approx(expected, abs=1e-6)
-    assert found.images == 7
+    assert [found['loss'], found['top1']] == pytest.approx(expected, abs=1e-6)
+    assert found['images'] == 7
     assert evaluate(model, splits, batch_size=7) == pytest.approx(found, abs=1e-6)
 
 
@@ -30,7 +30,8 @@ def test_each_budget_is_evaluated_and_their_means_compared() -> None:
     for key in ('test_loss', 'test_top1'):
         assert metrics[key] == pytest.approx(sum(metrics[f'{key}_{name}'] for name in names) / 3)
     model.set_num_patches(3)
-    assert evaluate(model, splits, 4)[:2] == (metrics['test_loss_3'], metrics['test_top1_3'])
+    found = evaluate(model, splits, 4)
+    assert (found['loss'], found['top1']) == (metrics['test_loss_3'], metrics['test_top1_3'])
     assert len({metrics[f'test_loss_{name}'] for name in names}) == 3
 
 

@@ -3,7 +3,6 @@
 import errno
 import json
 import resource
-import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,48 +13,14 @@ import timm
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from tiny import read_metrics, weights_of
+from tiny import check_kept, run, weights_of
 
 from timm_apvit.cli.main import main
 from timm_apvit.failures import explain
-from timm_apvit.finetuning import learner
 from timm_apvit.finetuning import run as run_module
+from timm_apvit.finetuning.checkpoints import CheckpointStore
 from timm_apvit.finetuning.config import read_config
-from timm_apvit.finetuning.folder import CheckpointStore, locked
-
-TINY = '--model test_apvit --model-kwargs depth=1 --img-size 32 --num-patches 2 --samples 8 --test-samples 4'
-TINY += ' --batch-size 4 --epochs 3 --no-twin --threads 1 --device cpu'
-
-
-def run(directory: Path, *more: str) -> int:
-    return main(['finetune', *TINY.split(), '--output', str(directory), *more])
-
-
-@pytest.fixture
-def second_epoch(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """What becomes of the loss in the first update of the second epoch: ``second_epoch['act'] = act``."""
-    acts: dict[str, Any] = {}
-    update = learner.Learner.update
-
-    def failing(self: learner.Learner, micro_batches: Any, number: int) -> Any:
-        criterion = self.task.criterion
-        compute = criterion.forward
-        if number == 2:
-            criterion.forward = lambda *args: acts['act'](compute(*args))
-        try:
-            return update(self, micro_batches, number)
-        finally:
-            criterion.forward = compute
-
-    monkeypatch.setattr(learner.Learner, 'update', failing)
-    return acts
-
-
-def check_kept(directory: Path, error: str) -> None:
-    """The first epoch's checkpoint is whole, and people are told how to go on from it."""
-    assert f'the last checkpoint is kept in {directory}/last; continue with --resume {directory}' in error
-    assert len((directory / 'metrics.jsonl').read_text().splitlines()) == 1
-    assert all(value.isfinite().all() for value in weights_of(directory).values())
+from timm_apvit.finetuning.processes import in_all_processes
 
 
 def test_loss_that_is_not_finite_names_the_step(
@@ -193,6 +158,8 @@ def test_full_disk_ends_the_run_in_one_sentence(
 
 def test_full_disk_is_named_wherever_it_is_met() -> None:
     assert explain(OSError(errno.ENOSPC, 'No space left on device', 'metrics'), '').startswith('the disk is full: ')
+    for words in ('CUDA error: out of memory', 'CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate'):
+        assert explain(RuntimeError(words), 'lower it').endswith('; lower it')
     assert explain(MemoryError(), 'lower it').endswith('; lower it')
     assert explain(RuntimeError('[...gloo/transport/tcp/pair.cc] Connection closed by peer'), '', True).startswith(
         'another process of the training ended or does not answer: '
@@ -200,94 +167,14 @@ def test_full_disk_is_named_wherever_it_is_met() -> None:
     assert explain(RuntimeError('mat1 and mat2'), '', True) == 'mat1 and mat2'
 
 
-@pytest.fixture
-def _ctrl_c() -> Iterator[None]:
-    """Have Ctrl-C heard: a shell starts what it runs in the background with it ignored."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
-@pytest.mark.usefixtures('_ctrl_c')
-@pytest.mark.parametrize(('number', 'status'), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_ends_the_run_after_the_update_and_its_checkpoint(
-    number: int, status: int, second_epoch: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    second_epoch['act'] = lambda loss: loss
-    assert run(tmp_path / 'unbroken') == 0
-    second_epoch['act'] = lambda loss: (signal.raise_signal(number), loss)[1]
-    assert run(tmp_path / 'run') == status
-    assert capsys.readouterr().err == f'interrupted; continue with --resume {tmp_path / "run"}\n'
-    state = CheckpointStore(tmp_path / 'run').load()
-    assert state is not None
-    assert (state['update'], len(state['rows'])) == (3, 1)
-    assert (tmp_path / 'run/last').resolve().name == 'epoch-0001-update-0000001'
-    assert timm.create_model(f'local-dir:{tmp_path / "run/last"}', pretrained=True).num_patches == 2
-    second_epoch['act'] = lambda loss: loss
-    assert main(['finetune', '--resume', str(tmp_path / 'run')]) == 0
-    assert weights_of(tmp_path / 'run').keys() == weights_of(tmp_path / 'unbroken').keys()
-    torch.testing.assert_close(weights_of(tmp_path / 'run'), weights_of(tmp_path / 'unbroken'), rtol=0, atol=0)
-    assert read_metrics(tmp_path / 'run') == read_metrics(tmp_path / 'unbroken')
-
-
-@pytest.mark.usefixtures('_ctrl_c')
-def test_interruption_while_saving_waits_until_the_checkpoint_is_finished(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    save = run_module.save_pretrained
-
-    def interrupted(*args: Any, **kwargs: Any) -> None:
-        signal.raise_signal(signal.SIGINT)
-        save(*args, **kwargs)
-
-    monkeypatch.setattr(run_module, 'save_pretrained', interrupted)
-    assert run(tmp_path / 'run') == 130
-    state = CheckpointStore(tmp_path / 'run').load()
-    assert state is not None
-    assert [row['epoch'] for row in state['rows']] == [1]
-
-
-@pytest.mark.usefixtures('_ctrl_c')
-def test_a_second_interruption_ends_the_run_at_once(
-    second_epoch: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    second_epoch['act'] = lambda loss: [signal.raise_signal(signal.SIGINT) for _ in range(2)]
-    assert run(tmp_path / 'run') == 130
-    assert f'continue with --resume {tmp_path / "run"}' in capsys.readouterr().err
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    state = CheckpointStore(tmp_path / 'run').load()
-    assert state is not None
-    assert state['update'] == 2
-
-
-def test_checkpoints_are_saved_within_an_epoch_when_minutes_have_passed(tmp_path: Path) -> None:
-    names: list[str] = []
-    with pytest.MonkeyPatch.context() as patched:
-        save = CheckpointStore.save
-        patched.setattr(
-            CheckpointStore, 'save', lambda self, name, *args: names.append(name) or save(self, name, *args)
-        )
-        assert run(tmp_path / 'run', '--save-minutes', '1e-9') == 0
-    assert names == [
-        *('epoch-0000-update-0000001', 'epoch-0001', 'epoch-0001-update-0000001', 'epoch-0002'),
-        *('epoch-0002-update-0000001', 'epoch-0003'),
-    ]
-    assert len(list((tmp_path / 'run/checkpoints').iterdir())) <= 2
-
-
-def test_a_finished_run_is_lengthened_and_one_that_gets_no_better_ends(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert run(tmp_path / 'run') == 0
-    assert main(['finetune', '--resume', str(tmp_path / 'run'), '--epochs', '5']) == 0
-    rows = read_metrics(tmp_path / 'run')
-    assert [row['epoch'] for row in rows] == [1, 2, 3, 4, 5]
-    assert read_config(tmp_path / 'run/config.yaml')['epochs'] == 5
-    assert run(tmp_path / 'short', '--patience', '1', '--monitor', 'test_loss', '--lr', '1e-12', '--epochs', '9') == 0
-    rows = read_metrics(tmp_path / 'short')
-    assert len(rows) < 9
-    assert rows[-1]['test_loss'] >= rows[-2]['test_loss']
-    assert 'the patches have not moved from their grid' in capsys.readouterr().out
+def test_what_a_configuration_says_of_the_hub_is_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / 'c.yaml').write_text('push_to_hub: me/x\nprivate: true\npush_picture: false\n')
+    pushed: list[dict[str, Any]] = []
+    monkeypatch.setattr(run_module, 'check_access', lambda name: None)
+    monkeypatch.setattr('timm_apvit.cli.finetune.prepared_push', lambda options: lambda: pushed.append(options))
+    monkeypatch.setattr('timm_apvit.cli.finetune.tell', lambda _: None)
+    assert run(tmp_path / 'run', '--config', str(tmp_path / 'c.yaml'), '--epochs', '1') == 0
+    assert pushed == [{'directory': tmp_path / 'run', 'repo_id': 'me/x', 'private': True, 'picture': False}]
 
 
 def test_where_there_is_no_terminal_lines_tell_how_far_it_is(
@@ -300,16 +187,6 @@ def test_where_there_is_no_terminal_lines_tell_how_far_it_is(
     assert lines[2].endswith(' left')
 
 
-def test_two_processes_do_not_train_in_one_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(tmp_path / 'run', '--epochs', '1') == 0
-    before = (tmp_path / 'run/metrics.jsonl').read_text()
-    with locked(tmp_path / 'run'):
-        assert main(['finetune', '--resume', str(tmp_path / 'run')]) == 2
-    assert 'expected the folder of a run that no process trains in, got' in capsys.readouterr().err
-    assert (tmp_path / 'run/metrics.jsonl').read_text() == before
-    assert main(['finetune', '--resume', str(tmp_path / 'run')]) == 0
-
-
 def test_bad_input_of_another_process_is_told_by_the_main_one(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -318,6 +195,19 @@ def test_bad_input_of_another_process_is_told_by_the_main_one(
     assert run(tmp_path / 'run') == 2
     assert capsys.readouterr().err == 'error: process 1: expected a device that is there\n'
     assert not (tmp_path / 'run').exists()
+
+
+@pytest.mark.parametrize('rank', [0, 1])
+def test_what_fails_in_one_process_fails_in_all(rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> None:
+        raise RuntimeError('on purpose')
+
+    monkeypatch.setenv('RANK', str(rank))
+    monkeypatch.setattr('accelerate.utils.gather_object', lambda problem: [*problem, None])
+    with pytest.raises(RuntimeError if rank == 0 else SystemExit):
+        in_all_processes(fail)
+    monkeypatch.setattr('accelerate.utils.gather_object', lambda problem: [None, *problem])
+    assert in_all_processes(lambda: 3) == 3
 
 
 def test_options_of_a_run_are_those_it_was_given(tmp_path: Path) -> None:

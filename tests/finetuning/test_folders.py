@@ -8,7 +8,7 @@ import torch
 from images import CONFIG, load_folder, write_images
 from PIL import Image
 
-from timm_apvit.finetuning.folders import find_test_folder
+from timm_apvit.finetuning.image_files import find_test
 
 
 @pytest.fixture
@@ -38,13 +38,15 @@ def test_rejects_folders_without_the_images_they_should_hold(folder: Path, tmp_p
     empty.mkdir()
     with pytest.raises(FileNotFoundError, match=r"'.*missing', which is not a folder"):
         load_folder(tmp_path / 'missing')
-    with pytest.raises(FileNotFoundError, match=r'a folder named train or training in .*, got nothing'):
+    with pytest.raises(
+        FileNotFoundError, match=r'a folder named train or training, or a CSV of such a name, in .*, got nothing'
+    ):
         load_folder(empty)
-    with pytest.raises(FileNotFoundError, match=r'a folder named train or training in .*, got cat/, dog/'):
+    with pytest.raises(FileNotFoundError, match=r'a folder named train or training, .* got cat/, dog/'):
         load_folder(folder / 'train')
     (empty / 'train/cat').mkdir(parents=True)
     (empty / 'val').mkdir()
-    with pytest.raises(ValueError, match=r'folders of images, one for each class, .* got no images'):
+    with pytest.raises(ValueError, match=r'expected images with their classes in .* got no images'):
         load_folder(empty)
     write_images(empty / 'train/dog', 2)
     with pytest.raises(ValueError, match=r"at least 2 classes in .*, got those of 'dog' only"):
@@ -176,10 +178,10 @@ def test_test_images_are_found_with_and_without_training_images(folder: Path) ->
     for image in (folder / 'val/cat').iterdir():
         image.unlink()
     (folder / 'val/cat').rmdir()
-    whole, split = find_test_folder(folder, 3), find_test_folder(folder / 'val', 3)
+    whole, split = find_test(folder, 3), find_test(folder / 'val', 3)
     assert [label for _, label in whole.samples] == [1, 1, 1]  # of cat and dog
     assert [label for _, label in split.samples] == [0, 0, 0]  # of dog alone
-    named = find_test_folder(folder / 'val', 3, {'cat': 0, 'dog': 1})
+    named = find_test(folder / 'val', 3, {'cat': 0, 'dog': 1})
     assert named.samples == whole.samples
 
 
@@ -207,6 +209,18 @@ def test_augmentation_is_what_the_options_say(tmp_path: Path) -> None:
     nearest, bicubic = (images(**small, train_interpolation=name)[0] for name in ('nearest', 'bicubic'))
     assert not torch.equal(nearest, bicubic)
     assert not torch.equal(images(**{**small, 'ratio': (3.0, 3.0)})[0], images(**small)[0])
-    train, test = images(**still, crop_pct=0.5)
+    train, test = images(**still, config={**CONFIG, 'crop_pct': 0.5})
     assert torch.equal(train, expected)
     assert not torch.equal(test, expected)
+
+
+@pytest.mark.parametrize('size', [(1, 20_000), (20_000, 1)])
+def test_an_image_that_is_all_length_takes_no_memory(size: tuple[int, int], folder: Path) -> None:
+    Image.new('RGB', size, 'red').save(folder / 'val/cat/9.png')
+    splits = load_folder(folder, config={**CONFIG, 'input_size': (3, 224, 224)})
+    seen: list[tuple[int, int]] = []
+    transform = splits.test.dataset.transform
+    splits.test.dataset.transform = lambda image: seen.append(image.size) or transform(image)
+    image, _ = splits.test[3]
+    assert image.shape == (3, 224, 224)
+    assert sorted(seen[0]) == [1, 64]

@@ -10,6 +10,7 @@ from timm.utils import ModelEmaV3
 from tiny import a_batch, tiny_learner, tiny_model
 
 from timm_apvit.finetuning.learner import Learner
+from timm_apvit.finetuning.objectives import WeightedCrossEntropy
 
 
 def weights_after(updates: int = 3, parts: int = 1, **changes: Any) -> tuple[list[float], dict[str, torch.Tensor]]:
@@ -168,3 +169,23 @@ def test_optimiser_schedule_and_clipping_are_those_of_the_settings(name: str, sc
     assert type(learner.optimizer.optimizer).__name__.lower() == name
     learner.update([a_batch()], 0)
     assert learner.learning_rate == pytest.approx(1e-3 * scale)
+
+
+def test_a_polynomial_schedule_falls_along_a_line() -> None:
+    learner = tiny_learner(sched='poly', lr=1e-3)  # 2 epochs of 2 updates
+    rates = []
+    for update in range(4):
+        learner.update([a_batch(2)], update)
+        rates.append(learner.learning_rate)
+    assert rates == pytest.approx([1e-3, 0.75e-3, 0.5e-3, 0.25e-3])
+
+
+def test_class_weights_count_images_alike_in_micro_batches() -> None:
+    weight, logits, labels = torch.tensor([3.0, 0.5, 0.0]), torch.randn(8, 3), torch.tensor([0, 1, 1, 1, 1, 1, 1, 0])
+    criterion = WeightedCrossEntropy(weight, smoothing=0.1)
+    whole = criterion(logits, labels)
+    parts = [criterion(logits[n : n + 2], labels[n : n + 2]) for n in range(0, 8, 2)]
+    torch.testing.assert_close(torch.stack(parts).mean(), whole)
+    plain = torch.nn.functional.cross_entropy(logits, labels, reduction='none')
+    unsmoothed = WeightedCrossEntropy(weight, smoothing=0.0)(logits, labels)
+    torch.testing.assert_close(unsmoothed, (plain * weight[labels]).mean())

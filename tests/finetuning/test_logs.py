@@ -10,7 +10,7 @@ import pytest
 from tqdm import tqdm
 
 from timm_apvit.cli.main import main
-from timm_apvit.finetuning.folder import write_metrics
+from timm_apvit.finetuning.checkpoints import write_metrics
 from timm_apvit.finetuning.progress import Progress
 
 ROWS = [
@@ -48,29 +48,30 @@ def test_a_tracker_has_every_epoch_once_also_of_a_resumed_run(
         for name in shown.Runs()[run]['scalars']
         for e in shown.Scalars(run, name)
     ]
-    for name in ('test_apvit/test_top1', 'fixed grid/test_top1', 'test_apvit/patch_shift'):
-        assert sorted(step for each, step in events if each == name) == [1, 2]
+    assert sorted(step for each, step in events if each == 'test_top1') == [1, 1, 2, 2]  # of both models
+    assert sorted(step for each, step in events if each == 'patch_shift') == [1, 2]
+    assert {Path(name).parts[0] for name in shown.Runs()} >= {'test_apvit', 'fixed-grid'}
     monkeypatch.setattr(
         'importlib.util.find_spec', lambda name, find=find_spec: None if name == 'wandb' else find(name)
     )
     capsys.readouterr()
     assert main(['finetune', *tiny.split(), '--log-with', 'wandb', '--output', str(tmp_path / 'other')]) == 2
-    assert '--log-with wandb needs its package: pip install wandb' in capsys.readouterr().err
+    assert '--log-with wandb needs wandb: pip install wandb' in capsys.readouterr().err
     assert not (tmp_path / 'other').exists()
 
 
 def test_progress_tells_images_loss_and_the_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
     now, terminal = [0.0], io.StringIO()
     options = {'disable': False, 'file': terminal, 'mininterval': 0, 'ncols': 200, 'dynamic_ncols': False}
-    monkeypatch.setattr('tqdm.tqdm', lambda **given: tqdm(**{**given, **options}))
+    monkeypatch.setattr('timm_apvit.finetuning.progress.tqdm', lambda **given: tqdm(**{**given, **options}))
     progress = Progress('apvit_small', updates=4, images=64, epochs=3, done=4, clock=lambda: now[0])
-    with progress.epoch(1):
+    with progress.bar:
         for loss in (None, 2.5, None):
             now[0] += 10
             progress.advance(loss)
     shown = terminal.getvalue().split('\r')
     # After 2 of 8 updates in 20 seconds, 60 are left.
-    bar = next(text for text in shown if '128/256' in text)
-    assert bar.startswith('apvit_small 2/3:  50%')
-    assert bar.endswith('images/s, loss 2.500, whole run 0:01:00]')
+    bar = next(text for text in shown if '384/768' in text)
+    assert bar.startswith('apvit_small:  50%')
+    assert bar.endswith('images/s, epoch 2/3, loss 2.500, 0:01:00 left]')
     assert progress.time_left() == '0:00:50'

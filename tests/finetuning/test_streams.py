@@ -13,7 +13,7 @@ from images import QUIET, collected_files, load  # noqa: F401
 from PIL import Image
 
 from timm_apvit.cli.main import main
-from timm_apvit.finetuning.batches import AnySamples, Division, Splits, batches_to_test, batches_to_train, some_samples
+from timm_apvit.finetuning.samples import BatchSplit, Splits
 from timm_apvit.finetuning.streams import Stream
 
 SHARDS, PER_SHARD = 4, 5
@@ -62,12 +62,12 @@ def identities(images: torch.Tensor) -> list[int]:
     return ((images[:, 0, 12, 12] * 0.5 + 0.5) * 255 / 10).int().tolist()
 
 
-def read(samples: AnySamples, epoch: int, batch_size: int, workers: int = 0) -> tuple[list[int], list[int]]:
+def read(samples: Any, epoch: int, batch_size: int, workers: int = 0) -> tuple[list[int], list[int]]:
     """Which images an epoch has, in order, and the sizes of its batches."""
     if isinstance(samples, Stream) and not samples.is_training:
-        batches = [images for images, _ in batches_to_test(samples, batch_size, workers)]
+        batches = [images for images, _ in samples.test_batches(batch_size, workers)]
     else:
-        loader = batches_to_train(samples, epoch, batch_size, workers=workers)
+        loader = samples.training_batches(epoch, batch_size, workers=workers)
         batches = [images for images, _ in islice(loader, len(samples) // batch_size)]
     return [n for images in batches for n in identities(images)], [len(images) for images in batches]
 
@@ -87,12 +87,12 @@ def test_an_epoch_of_a_stream_has_whole_batches_whatever_the_workers(
         assert len(set(seen)) == 18
     else:  # a worker whose shards are used up reads them again
         assert len(set(seen)) > 10
-    for images, labels in islice(batches_to_train(splits.train, 1, 4, workers=workers), 5):
+    for images, labels in islice(splits.train.training_batches(1, 4, workers=workers), 5):
         assert [n % 2 for n in identities(images)] == labels.tolist()
 
 
 def test_micro_batches_of_a_stream_are_as_large_as_others(shards: dict[str, Any]) -> None:
-    loader = batches_to_train(load(**shards).train, 0, 6, Division(accumulated=2))
+    loader = load(**shards).train.training_batches(0, 6, BatchSplit(accumulated=2))
     assert [len(images) for images, _ in islice(loader, 6)] == [3] * 6
 
 
@@ -106,7 +106,7 @@ def test_an_epoch_of_a_stream_is_a_function_of_seed_and_epoch(workers: int, shar
     shards.pop('no_aug')
 
     def epoch(splits: Splits, number: int) -> torch.Tensor:
-        loader = batches_to_train(splits.train, number, 4, workers=workers)
+        loader = splits.train.training_batches(number, 4, workers=workers)
         return torch.cat([images for images, _ in islice(loader, 5)])
 
     unbroken = load(**shards)
@@ -123,7 +123,7 @@ def test_a_test_reads_every_sample_of_a_stream_once(workers: int, shards: dict[s
     test = load(**shards).test
     for _ in range(2):
         assert read(test, 0, 4, workers) == (list(range(7)), [4, 3])
-    assert len(some_samples(test, 3)) == 3
+    assert len(test.some(3)[0]) == 3
     undeclared = load(**{**shards, 'val_split': 'val-00.tar'}).test
     assert len(undeclared) == 0
     assert read(undeclared, 0, 4, workers)[0] == list(range(7))
@@ -143,9 +143,9 @@ def test_processes_share_the_shards_of_training_and_test(
     for rank in range(3):
         start(rank, 3)
         splits = load(**shards)
-        loader = batches_to_train(splits.train, 0, 6, Division(rank, 3))
+        loader = splits.train.training_batches(0, 6, BatchSplit(rank, 3))
         seen['train'] += [n for images, _ in islice(loader, 3) for n in identities(images)]
-        seen['test'] += [n for images, _ in batches_to_test(splits.test, 2) for n in identities(images)]
+        seen['test'] += [n for images, _ in splits.test.test_batches(2) for n in identities(images)]
     assert sorted(seen['test']) == list(range(20))
     # A process without as many images as its share of an epoch reads its shards again.
     assert len(seen['train']) == 18

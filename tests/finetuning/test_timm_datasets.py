@@ -13,7 +13,6 @@ import torch
 from images import QUIET, collected_files, load, write_images  # noqa: F401
 
 from timm_apvit.cli.main import main
-from timm_apvit.finetuning.batches import batches_to_test, batches_to_train
 
 TINY = '--model test_apvit --img-size 32 --num-patches 2 --epochs 1 --batch-size 4 --device cpu'
 
@@ -75,11 +74,9 @@ def test_datasets_of_the_hub(reader: str, hub_folder: str, tmp_path: Path) -> No
     splits = load(data=f'{reader}/{hub_folder}', data_dir=str(tmp_path / 'cache'), **told)
     assert splits.label_names == (('0', '1') if stream else ('cat', 'dog'))
     assert [len(splits.train), len(splits.test)] == [6, 6]
-    batches = list(islice(batches_to_train(splits.train, 0, 3), 2))
+    batches = list(islice(splits.train.training_batches(0, 3), 2))
     assert [images.shape for images, _ in batches] == [(3, 3, 24, 24)] * 2
-    assert (
-        sorted(label for _, labels in batches_to_test(splits.test, 4) for label in labels.tolist()) == [0] * 3 + [1] * 3
-    )
+    assert sorted(label for _, labels in splits.test.test_batches(4) for label in labels.tolist()) == [0] * 3 + [1] * 3
 
 
 def test_class_map_renumbers_the_classes_of_the_hub(hub_folder: str, tmp_path: Path) -> None:

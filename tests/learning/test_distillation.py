@@ -14,11 +14,10 @@ from torch import nn
 from timm_apvit.learning.distillation import (
     DistillationTask,
     DistillationWeights,
-    StudentOutputs,
+    Outputs,
     Teacher,
-    TeacherOutputs,
     distillation_losses,
-    observed,
+    outputs_of,
     patch_density,
 )
 from timm_apvit.models.attention import patch_attention
@@ -50,10 +49,10 @@ GLANCE = {'name': 'glance', 'grid': 3, 'blocks': 2}
 @pytest.mark.parametrize(
     'pool', [{'global_pool': 'token'}, {'global_pool': 'avg', 'class_token': False}, {'localizer': GLANCE}]
 )
-def test_observed_is_what_timm_computes_and_leaves_nothing_behind(pool: dict[str, Any]) -> None:
+def test_outputs_are_what_timm_computes_and_leaves_nothing_behind(pool: dict[str, Any]) -> None:
     model, (images, _) = tiny_model(**pool).eval(), a_batch(2)
     before = set(vars(model.patch_embed)), len(model.patch_embed._forward_hooks), len(model.head._forward_pre_hooks)
-    outputs = observed(model, images)
+    outputs = outputs_of(model, images)
     after = set(vars(model.patch_embed)), len(model.patch_embed._forward_hooks), len(model.head._forward_pre_hooks)
     assert before == after
     assert torch.equal(outputs.logits, model(images))
@@ -120,8 +119,8 @@ def test_attention_draws_patches_to_where_it_is() -> None:
     optimizer = torch.optim.Adam([centres], lr=0.05)
     losses = []
     for _ in range(100):
-        outputs = StudentOutputs(torch.zeros(1, 2), torch.zeros(1, 2), square_patches(centres, 0.25))
-        taught = TeacherOutputs(torch.zeros(1, 2), torch.zeros(1, 2), attention, (4, 4))
+        outputs = Outputs(torch.zeros(1, 2), torch.zeros(1, 2), square_patches(centres, 0.25))
+        taught = Outputs(torch.zeros(1, 2), torch.zeros(1, 2), None, attention, (4, 4))
         loss = distillation_losses(outputs, taught, NOTHING._replace(attention=1.0))['attention_loss']
         optimizer.zero_grad()
         loss.backward()
@@ -135,8 +134,8 @@ def test_attention_draws_patches_to_where_it_is() -> None:
 @pytest.mark.parametrize('localizer', ['cnn', GLANCE])
 def test_loss_of_the_attention_reaches_the_localiser_alone(localizer: Any) -> None:
     model = tiny_model(localizer=localizer).train()
-    outputs = observed(model, a_batch(2)[0])
-    taught = TeacherOutputs(outputs.logits, outputs.features, torch.tensor([[1.0, 0, 0, 0]] * 2), (2, 2))
+    outputs = outputs_of(model, a_batch(2)[0])
+    taught = Outputs(outputs.logits, outputs.features, None, torch.tensor([[1.0, 0, 0, 0]] * 2), (2, 2))
     distillation_losses(outputs, taught, NOTHING._replace(attention=1.0))['attention_loss'].backward()
     reached = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
     assert reached
@@ -147,13 +146,13 @@ def test_loss_of_the_attention_reaches_the_localiser_alone(localizer: Any) -> No
 def test_losses_are_those_of_their_definitions() -> None:
     student, teacher = torch.randn(4, 5), torch.randn(4, 5)
     features, target = torch.randn(4, 7), torch.randn(4, 7)
-    outputs, taught = StudentOutputs(student, features, None), TeacherOutputs(teacher, target, None, (0, 0))
+    outputs, taught = Outputs(student, features), Outputs(teacher, target)
     probability = F.softmax(teacher / 2, dim=1)
     divergence = (probability * (probability.log() - F.log_softmax(student / 2, dim=1))).sum(dim=1).mean() * 4
     terms = distillation_losses(outputs, taught, NOTHING._replace(logits=0.25, temperature=2.0, token=2.0))
     cosine = F.normalize(features, dim=1).mul(F.normalize(target, dim=1)).sum(dim=1)
     torch.testing.assert_close(terms, {'logit_loss': divergence, 'token_loss': (1 - cosine).mean()})
-    same = TeacherOutputs(student, features, None, (0, 0))
+    same = Outputs(student, features)
     terms = distillation_losses(outputs, same, NOTHING._replace(logits=1.0, token=1.0))
     torch.testing.assert_close(sum(terms.values()), torch.tensor(0.0), atol=1e-6, rtol=0)
 

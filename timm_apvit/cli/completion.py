@@ -7,7 +7,7 @@ from typing import Any
 
 SHELLS = ('bash', 'zsh', 'tcsh')
 # Metavars of what may be a file or a folder.
-_PATHS = {'DATA', 'DIR', 'FILE', 'FILE.gif', 'IMAGE', 'MODEL', 'NAME|FILE|self', 'SCRIPT'}
+_PATHS = {'DATA', 'DIR', 'FILE', 'FILE.csv', 'FILE.gif', 'IMAGE', 'MODEL', 'NAME|FILE|self', 'PATH', 'SCRIPT'}
 
 
 def add_completion_argument(parser: argparse.ArgumentParser, complete: Callable[[], argparse.ArgumentParser]) -> None:
@@ -20,7 +20,7 @@ def add_completion_argument(parser: argparse.ArgumentParser, complete: Callable[
             except ModuleNotFoundError:
                 parser.error("completion needs shtab: pip install 'timm-apvit[completion]'")
             completed = complete()
-            for action in _actions(completed):
+            for action in actions_of(completed):
                 if action.metavar in _PATHS:
                     setattr(action, 'complete', shtab.FILE)  # noqa: B010  shtab reads an attribute that mypy does not know
             sys.stdout.write(shtab.complete(completed, shell) + '\n')
@@ -35,10 +35,10 @@ def add_completion_argument(parser: argparse.ArgumentParser, complete: Callable[
     )
 
 
-def _actions(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:
+def actions_of(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:
     """All arguments of a parser and of its commands."""
     for action in parser._actions:
         yield action
         if isinstance(action, argparse._SubParsersAction):
             for command in action.choices.values():
-                yield from _actions(command)
+                yield from actions_of(command)

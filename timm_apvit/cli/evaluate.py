@@ -1,12 +1,10 @@
 """The evaluation command: accuracy, cost and speed of models at each of several budgets."""
 
 import argparse
-import csv
-import io
 import json
 import platform
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,28 +14,28 @@ import torch
 from torch import Tensor, nn
 
 from timm_apvit import __version__
-from timm_apvit.failures import FailedError, explain, refusing
-from timm_apvit.files import check_writable, replacing, write_atomically
-from timm_apvit.finetuning.batches import Splits, some_samples
+from timm_apvit.cli.options import BATCH_SIZE, add_settings, add_shared, load
+from timm_apvit.files import check_writable, write_atomically, write_csv
+from timm_apvit.finetuning.baseline import resizing, source_size
 from timm_apvit.finetuning.config import resumed_settings
 from timm_apvit.finetuning.evaluation import autocast, evaluate, images_per_second, multiply_adds
-from timm_apvit.finetuning.folders import shown
-from timm_apvit.finetuning.models import MODEL_HELP, load_model, load_weights
-from timm_apvit.finetuning.processes import check_device
-from timm_apvit.finetuning.settings import CONFIG_FILE, DATA_HELP, OF_DATA, Settings, add_settings
-from timm_apvit.finetuning.sources import load_splits
-from timm_apvit.finetuning.values import Budget, count, format_budget, number, parse_num_patches, parse_size
+from timm_apvit.finetuning.image_files import check_is_folder, shown
+from timm_apvit.finetuning.models import MODEL_HELP, address_of, folder_of, with_images
+from timm_apvit.finetuning.preparation import check_budgets
+from timm_apvit.finetuning.samples import Splits
+from timm_apvit.finetuning.settings import CONFIG_FILE, DATA_HELP, OF_DATA, Settings
+from timm_apvit.finetuning.sources import is_path, load_splits
+from timm_apvit.finetuning.values import Budget, count, format_budget, parse_num_patches
 from timm_apvit.models.mixin import APViT
-from timm_apvit.pictures.figures import load_drawing
+from timm_apvit.pictures.figures import check_picture, load_drawing
 from timm_apvit.pictures.images import image_config
 from timm_apvit.results import aligned, results_cells
 
 OF_TRAINING = {'data', 'train_split', 'train_samples'}
-TO_LOWER = 'lower --batch-size, --num-patches or --img-size, or add --amp bfloat16'
 COUNTED = 'multiply-adds: of matrix products, convolutions and attention for an image; sampling and sums not counted'
 
 
-class Subject(NamedTuple):
+class Evaluated(NamedTuple):
     """What is evaluated.
 
     Attributes:
@@ -45,28 +43,20 @@ class Subject(NamedTuple):
         model: in eval mode, on its device.
         splits: of which the test data are used.
         budgets: to evaluate it at; that of a fixed grid is the only one of its model.
-        batch_size: of the accuracy, and of the second speed.
-        workers: processes that load data.
-        amp: data type of the computation.
     """
 
     name: str
     model: nn.Module
     splits: Splits
     budgets: tuple[Budget, ...]
-    batch_size: int
-    workers: int
-    amp: str | None
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of the command to a parser, which then returns only those that are given."""
-    parser.argument_default = argparse.SUPPRESS
-    counted = number(int, 1)
+    """Add the options of the command to a parser."""
     parser.add_argument('model', metavar='MODEL', help=f'{MODEL_HELP}, or those of --checkpoint; ViTs of timm too')
     parser.add_argument('data', nargs='?', metavar='DATA', help=f"{DATA_HELP}, or the run's own")
-    add = parser.add_argument_group('evaluation').add_argument
-    add('--checkpoint', metavar='FILE', help='weights for a registered model (default: its pretrained ones)')
+    group = parser.add_argument_group('evaluation')
+    add = group.add_argument
     add('--beside', metavar='MODEL', action='append', help='another model, in rows beside; may be repeated')
     add(
         '--num-patches',
@@ -74,86 +64,100 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar='N[,N...]',
         help="numbers of patches, or GHxGW, to evaluate (default: those of the run, or the model's own)",
     )
-    add('--img-size', type=parse_size, metavar='PIXELS', help="side of the images, or HxW (default: the model's own)")
-    add('--batch-size', type=counted, help='(default: 64; it does not change the accuracy)')
-    add('--amp', choices=('bfloat16', 'float16'), help='compute in 16 bits (default: in 32, to be exact)')
     add('--json', metavar='FILE', help='write the results there too (default: none)')
     add('--per-class', metavar='FILE.csv', help='write images and accuracy of each class, at the last budget')
     add('--confusion', metavar='FILE', help='write how often which class was taken for which: .csv, or a picture')
-    add('--workers', type=number(int, 0), help='processes that load data (default: 0, to leave the CPU to the model)')
-    add('--threads', type=counted, help="of computation on the CPU (default: PyTorch's own)")
-    add('--device', help='cpu, cuda, cuda:1, ... (default: cuda if there is one)')
+    add_shared(group, 'checkpoint', 'img_size', 'batch_size', 'amp', 'workers', 'threads', 'device')
     add_settings(parser, [name for name in OF_DATA if name not in OF_TRAINING])
 
 
-def run(given: dict[str, Any]) -> None:
+def prepare(given: dict[str, Any]) -> Callable[[], None]:
+    """Load the models and the data, of which the work measures, prints and writes."""
+    for name in ('json', 'per_class', 'confusion'):
+        if name in given:
+            check_writable(given[name])
+    if 'confusion' in given and Path(given['confusion']).suffix.lower() != '.csv':
+        check_picture('--confusion', given['confusion'], also=('csv',))
+    entries = [load_evaluated(given), *(load_evaluated(given, other) for other in given.get('beside', ()))]
+    counted = [name for name in ('per_class', 'confusion') if name in given]
+    if counted and entries[0].splits.multi_label:
+        raise ValueError('expected data of one label to an image for --per-class and --confusion, got several labels')
+    return lambda: measure_all(given, entries, bool(counted))
+
+
+def measure_all(given: dict[str, Any], entries: Sequence[Evaluated], counted: bool) -> None:
     """Measure, print and write."""
-    with refusing():
-        for name in ('json', 'per_class', 'confusion'):
-            if given.get(name) is not None:
-                check_writable(given[name])
-        subjects = [load_subject(given), *(load_subject(given, other) for other in given.get('beside', ()))]
-    try:
-        rows, confusion = [], torch.zeros(0)
-        for subject in subjects:
-            for budget in subject.budgets:
-                row, found = measure(subject, budget)
-                rows.append({'model': subject.name, **row} if len(subjects) > 1 else row)
-                confusion = found if subject is subjects[0] else confusion
-    except (OSError, RuntimeError, MemoryError, ValueError) as error:
-        raise FailedError(explain(error, TO_LOWER)) from error
+    rows: list[dict[str, Any]] = []
+    options = {name: given[name] for name in ('batch_size', 'workers', 'amp') if name in given}
+    names, confusion = entries[0].splits.label_names, torch.zeros(0)
+    for entry in entries:
+        for budget in entry.budgets:
+            row, found = measure(entry, budget, counted and entry is entries[0], **options)
+            rows.append({'model': entry.name, **row} if len(entries) > 1 else row)
+            confusion = confusion if found is None else found
     titles, cells = results_cells(rows)
     sys.stdout.write(f'{aligned(titles, cells)}\n{rows[0]["images"]} images; {COUNTED}\n')
-    if given.get('json') is not None:
-        write_atomically(Path(given['json']), json.dumps(report(given, subjects[0], rows), indent=2) + '\n')
-    names = subjects[0].splits.label_names
-    if given.get('per_class') is not None:
-        right, totals = confusion.diagonal().int().tolist(), confusion.sum(dim=1).int().tolist()
+    if 'json' in given:
+        write_atomically(Path(given['json']), json.dumps(report(given, entries[0], rows), indent=2) + '\n')
+    if 'per_class' in given:
+        right, totals = confusion.diagonal().tolist(), confusion.sum(dim=1).tolist()
         each = [(*row[:2], f'{row[2] / max(row[1], 1):.4f}') for row in zip(names, totals, right, strict=True)]
         write_csv(Path(given['per_class']), [('class', 'images', 'top1'), *each])
-    if given.get('confusion') is not None:
+    if 'confusion' in given:
         write_confusion(Path(given['confusion']), confusion, names)
 
 
-def load_subject(given: dict[str, Any], other: str | None = None) -> Subject:
-    """Check the options and load the model, or another one for the same data, and the data.
-
-    Raises:
-        ValueError, OSError, ModuleNotFoundError: bad input, or an extra is missing.
-    """
-    name, amp = other or given['model'], given.get('amp')
-    device = check_device(given.get('device') or ('cuda' if torch.cuda.is_available() else 'cpu'), amp)
-    if given.get('threads') is not None:
-        torch.set_num_threads(given['threads'])
-    run = Path(given['model'])
+def load_evaluated(given: dict[str, Any], other: str | None = None) -> Evaluated:
+    """Check the options and load the model, or another one for the same data, and the data."""
+    run, name = Path(given['model']), other or given['model']
     is_run = (run / CONFIG_FILE).is_file()
-    if not is_run and given.get('data') is None:
+    address_of(name)  # which says what is wrong with it before anything is loaded
+    data = given.get('data')
+    if not is_run and data is None:
         raise ValueError(f"expected DATA, or a run's folder, which knows its own, got {given['model']!r} alone")
+    if data is not None and is_path(data):
+        check_is_folder(Path(data))
+    options = given if other is None else {**given, 'model': name, 'checkpoint': None}
+    model = load({key: value for key, value in options.items() if key != 'num_patches'}, any_vit=True)
     settings = resumed_settings(run, {}) if is_run else Settings()
-    checkpoint = given.get('checkpoint') if other is None else None
-    model = load_model(name, any_vit=True) if checkpoint is None else load_weights(name, checkpoint)
     source = settings if given.get('data') is None else Settings()
     source = replace(source, **{name: given[name] for name in ('data', *OF_DATA) if name in given})
-    data_config = image_config(model)
-    if given.get('img_size') is not None:
-        size = given['img_size']
+    data_config = image_config(
+        with_images(model, source if other is None else replace(source, mean=None, std=None, crop_pct=None))
+    )
+    model, size = with_size(model, name, given.get('img_size'))
+    if size is not None:
         data_config['input_size'] = (data_config['input_size'][0], *((size, size) if isinstance(size, int) else size))
-    workers, own = given.get('workers', 0), getattr(model, 'pretrained_cfg').get('label_names')  # noqa: B009
+    workers, own = given.get('workers', 0), model.pretrained_cfg.get('label_names')
     splits = load_splits(source, data_config, max(1, workers), True, None if own is None else tuple(own))
-    _check_classes(model, own, splits)
+    check_classes(model, own, splits)
     for key, value in model.state_dict().items():
         if not value.isfinite().all():
             raise ValueError(f'expected finite weights, got others in {key} of {name!r}')
     if isinstance(model, APViT):
-        budgets = (
-            given.get('num_patches') or settings.num_patches or (model.patch_embed.requested or model.num_patches,)
-        )
+        own_budget = model.patch_embed.requested or model.num_patches
+        of_run = settings.num_patches if other is None else None
+        budgets = given.get('num_patches') or of_run or (own_budget,)
+        check_budgets(budgets, data_config['input_size'][1] * data_config['input_size'][2])
+    elif other is None and 'num_patches' in given:
+        raise ValueError(f'expected an APViT for --num-patches, got {name!r}, which is a {type(model).__name__}')
     else:
-        budgets = (int(getattr(model, 'patch_embed').num_patches),)  # noqa: B009
-    return Subject(name, model.to(device).eval(), splits, budgets, given.get('batch_size', 64), workers, amp)
+        budgets = (int(model.patch_embed.num_patches),)
+    return Evaluated(name, model, splits, budgets)
 
 
-def _check_classes(model: Any, own: Sequence[str] | None, splits: Splits) -> None:
+def with_size(model: Any, name: str, size: Any) -> tuple[Any, Any]:
+    """The model for images of a size, None: its own, and the size; a fixed grid of a run resizes as in its training."""
+    directory = folder_of(name)
+    trained = None if directory is None else source_size(directory)
+    if not isinstance(model, APViT) and trained is not None:
+        return resizing(model), trained
+    if not isinstance(model, APViT) and size is not None:
+        model.set_input_size(img_size=size)
+    return model, size
+
+
+def check_classes(model: Any, own: Sequence[str] | None, splits: Splits) -> None:
     """Raise ValueError unless the data have the classes that the model tells apart, in its order."""
     names = splits.label_names
     if len(names) != model.num_classes:
@@ -165,36 +169,39 @@ def _check_classes(model: Any, own: Sequence[str] | None, splits: Splits) -> Non
         )
 
 
-def measure(subject: Subject, budget: Budget) -> tuple[dict[str, Any], Tensor]:
+def measure(
+    entry: Evaluated,
+    budget: Budget,
+    counted: bool = False,
+    batch_size: int = BATCH_SIZE,
+    workers: int = 0,
+    amp: str | None = None,
+) -> tuple[dict[str, Any], Tensor | None]:
     """Accuracy, cost and speed at a budget.
 
     Returns:
-        ``budget``, ``num_patches``, ``top1``, ``top5`` (of more than five classes) and ``loss`` on ``images`` images,
-        ``multiply_adds`` of one image, and ``images_per_second`` by batch size; and how often a class (row) was taken
-        for which (column), ``(classes, classes)``.
+        ``budget``, ``num_patches``, what `evaluate` finds, ``multiply_adds`` of one image, and ``images_per_second`` by
+        batch size; and, if they are counted, how often a class (row) was taken for which (column).
     """
-    model, amp, classes = subject.model, subject.amp, len(subject.splits.label_names)
-    confusion = torch.zeros(classes * classes)
+    model, classes = entry.model, len(entry.splits.label_names)
+    confusion = torch.zeros(classes * classes, dtype=torch.int64) if counted else None
 
-    def look(logits: Tensor, labels: Tensor) -> None:
+    def add(logits: Tensor, labels: Tensor) -> None:
         pairs = labels * classes + logits.argmax(dim=1)
-        confusion.add_(pairs.bincount(minlength=classes * classes).cpu())
+        confusion.add_(pairs.bincount(minlength=classes * classes).cpu())  # type: ignore[union-attr]
 
     if isinstance(model, APViT):
         model.set_num_patches(budget)
-    scores = evaluate(model, subject.splits, subject.batch_size, subject.workers, amp, look=look)._asdict()
-    if classes <= 5:
-        del scores['top5']
-    device = next(model.parameters()).device
-    samples = [image for image, _ in some_samples(subject.splits.test, subject.batch_size)]
-    images = torch.stack([samples[n % len(samples)] for n in range(subject.batch_size)]).to(device)
+    found = evaluate(model, entry.splits, batch_size, workers, amp, each=add if counted else None)
+    samples, _ = entry.splits.test.some(batch_size)
+    images = samples[torch.arange(batch_size) % len(samples)].to(next(model.parameters()).device)
     speeds = {
         str(size): images_per_second(lambda size=size: _forward(model, images[:size], amp), size)  # type: ignore[misc]
-        for size in dict.fromkeys((1, subject.batch_size))
+        for size in dict.fromkeys((1, batch_size))
     }
     counts = {'multiply_adds': multiply_adds(model, images[:1]), 'images_per_second': speeds}
-    row = {'budget': format_budget(budget), 'num_patches': count(budget), **scores, **counts}
-    return row, confusion.reshape(classes, classes)
+    row = {'budget': format_budget(budget), 'num_patches': count(budget), **found, **counts}
+    return row, None if confusion is None else confusion.reshape(classes, classes)
 
 
 @torch.inference_mode()
@@ -203,19 +210,11 @@ def _forward(model: nn.Module, images: Tensor, amp: str | None) -> None:
         model(images)
 
 
-def write_csv(path: Path, rows: Sequence[Sequence[Any]]) -> None:
-    """Write a table as CSV."""
-    text = io.StringIO(newline='')
-    csv.writer(text, lineterminator='\n').writerows(rows)
-    write_atomically(path, text.getvalue())
-
-
 def write_confusion(path: Path, confusion: Tensor, names: Sequence[str]) -> None:
     """Write how often a class was taken for which, as CSV or as a picture."""
-    counts = confusion.int().tolist()
     if path.suffix.lower() == '.csv':
-        return write_csv(path, [('class', *names), *((name, *row) for name, row in zip(names, counts, strict=True))])
-    drawing = load_drawing()
+        rows = zip(names, confusion.tolist(), strict=True)
+        return write_csv(path, [('class', *names), *((name, *row) for name, row in rows)])
     from matplotlib.figure import Figure
 
     side = 3 + min(0.25 * len(names), 12)
@@ -226,8 +225,7 @@ def write_confusion(path: Path, confusion: Tensor, names: Sequence[str]) -> None
     axis.set(xlabel='taken for', ylabel='class', xticks=range(len(names)), yticks=range(len(names)))
     axis.set_xticklabels(names, rotation=90)
     axis.set_yticklabels(names)
-    with replacing(path) as unfinished:
-        unfinished.write_bytes(drawing.file_bytes(figure, path.suffix[1:].lower() or 'png', 100))
+    write_atomically(path, load_drawing().file_bytes(figure, path.suffix[1:].lower(), 100))
     return None
 
 
@@ -239,9 +237,9 @@ def processor() -> str:
     return next(names, platform.processor() or platform.machine())
 
 
-def report(given: dict[str, Any], subject: Subject, rows: list[dict[str, Any]]) -> dict[str, Any]:
+def report(given: dict[str, Any], entry: Evaluated, rows: list[dict[str, Any]]) -> dict[str, Any]:
     """The results with what they were measured on."""
-    device = next(subject.model.parameters()).device
+    device = next(entry.model.parameters()).device
     return {
         'options': given,
         'device': torch.cuda.get_device_name(device) if device.type == 'cuda' else processor(),

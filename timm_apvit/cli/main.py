@@ -1,48 +1,69 @@
-"""The command line: ``timm-apvit COMMAND``, or ``python -m timm_apvit COMMAND``. Errors become a line here."""
+"""The command line: ``timm-apvit COMMAND``, or ``python -m timm_apvit COMMAND``. Errors become a line here.
+
+A command is prepared, in which bad input shows, and then does its work.
+"""
 
 import argparse
 import importlib
+import os
 import sys
 from collections.abc import Callable, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 from timm_apvit import __version__
 from timm_apvit.cli import evaluate, export, finetune, predict, push, run, show
-from timm_apvit.cli.completion import add_completion_argument
-from timm_apvit.failures import FailedError, RefusedError, explain
+from timm_apvit.cli.completion import actions_of, add_completion_argument
+from timm_apvit.failures import FailedError, explain
 
 PROGRAM = 'timm-apvit'
 NOTHING = 'interrupted; nothing was written'
 PUSHED = 'interrupted; the repository has the files of before, or all of the new ones'
+FEWER = 'lower --batch-size, --num-patches or --img-size, or add --amp bfloat16'
+BAD_INPUT = (ValueError, TypeError, OSError, ImportError)
+
+Prepare = Callable[[dict[str, Any]], Callable[[], Any]]
 
 
 class Command(NamedTuple):
-    """A command: its name and help, what adds its arguments to a parser, what runs it, and what Ctrl-C leaves."""
+    """A command.
+
+    Attributes:
+        name: of it.
+        help: a line.
+        add: adds its arguments to a parser.
+        prepare: checks the arguments that were given, by their names, and returns the work.
+        interrupted: what Ctrl-C leaves.
+        remedy: what takes less memory.
+    """
 
     name: str
     help: str
     add: Callable[[argparse.ArgumentParser], None]
-    run: Callable[[dict[str, Any]], Any]
+    prepare: Prepare
     interrupted: str = NOTHING
+    remedy: str = ''
 
 
 COMMANDS = (
-    Command('finetune', 'fine-tune a model on images, or on embedded digits', finetune.add_arguments, finetune.run),
-    Command('evaluate', 'measure accuracy and speed by number of patches', evaluate.add_arguments, evaluate.run),
-    Command('predict', 'name what is in images, and where the model looked', predict.add_arguments, predict.run),
-    Command('show', 'draw where a model looks in images', show.add_arguments, show.run),
-    Command('export', 'export a model to ONNX or torch.export, and check it', export.add_arguments, export.run),
-    Command('push', 'push a model to the Hugging Face Hub, with a card', push.add_arguments, push.run, PUSHED),
-    Command('run', "run a script, such as timm's train.py, with our models", run.add_arguments, run.run),
-)
+    Command('finetune', 'fine-tune a model on images, or on embedded digits', finetune.add_arguments, finetune.prepare),
+    Command('evaluate', 'measure accuracy and speed by number of patches', evaluate.add_arguments, evaluate.prepare,
+            'interrupted', FEWER),
+    Command('predict', 'name what is in images, and where the model looked', predict.add_arguments, predict.prepare,
+            NOTHING, 'lower --batch-size or --num-patches'),
+    Command('show', 'draw where a model looks in images', show.add_arguments, show.prepare, NOTHING, export.REMEDY),
+    Command('export', 'export a model to ONNX or torch.export, and check it', export.add_arguments, export.prepare),
+    Command('push', 'push a model to the Hugging Face Hub, with a card', push.add_arguments, push.prepare, PUSHED),
+    Command('run', "run a script, such as timm's train.py, with our models", run.add_arguments, run.prepare),
+)  # fmt: skip
 EXAMPLE = """\
 train a small model for five minutes, measure it with fewer patches and more, and look where it looks:
   {prog} finetune --output runs/first
   {prog} evaluate runs/first --num-patches 9,16,25
-  {prog} show photo.jpg --checkpoint runs/first -o patches.png
+  {prog} show photo.jpg --model runs/first -o patches.png
 
-{prog} COMMAND --help tells more of a command.
+{prog} COMMAND --help tells more of a command. Exit status: 0; 2 for bad input, 1 for work that failed, 130 for Ctrl-C.
 """
 
 
@@ -78,36 +99,51 @@ def make_parser(prog: str) -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar='COMMAND', title='commands')
     for each in COMMANDS:
         command = commands.add_parser(each.name, help=each.help, description=f'{each.help[0].upper()}{each.help[1:]}.')
+        command.argument_default = argparse.SUPPRESS  # only what is given
         each.add(command)
-        command.argument_default = argparse.SUPPRESS
         module = 'Python module to import first, such as one with a transform family of your own'
         command.add_argument('--import', action=_Import, metavar='MODULE', help=module)
         command.add_argument('--debug', action='store_true', help='show where an error arose, with its traceback')
-        command.set_defaults(command=each)
+        command.set_defaults(command=each, parser=command)
     return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return its exit status: 2 for bad input, 1 for work that failed, 130 for Ctrl-C."""
     installed = Path(sys.argv[0]).stem == PROGRAM
-    given = vars(make_parser(PROGRAM if installed else 'python -m timm_apvit').parse_args(arguments))
-    command, debug = given.pop('command'), given.pop('debug', False)
-    if command.name == 'run':  # the errors of the script are its own
-        return int(command.run(given))
+    parsed, unknown = make_parser(PROGRAM if installed else 'python -m timm_apvit').parse_known_args(arguments)
+    given = vars(parsed)
+    command, parser, debug = given.pop('command'), given.pop('parser'), given.pop('debug', False)
+    if unknown:
+        known = [option for action in actions_of(parser) for option in action.option_strings]
+        near = [name for word in unknown[:1] for name in get_close_matches(word.partition('=')[0], known, n=1)]
+        parser.error(f'unrecognized arguments: {" ".join(unknown)}' + f'; did you mean {" ".join(near)}?' * bool(near))
+    given.pop('import', None)
+    work: Callable[[], Any] | None = None
     try:
-        return int(command.run(given) or 0)
+        work = command.prepare(given)
+        if command.name != 'run':
+            work()
+            return 0
     except (Exception, KeyboardInterrupt) as error:
         if debug:
             raise
-        status, text = 1, f'error: {explain(error)}'
-        if isinstance(error, KeyboardInterrupt):
-            status, text = 130, command.interrupted
-        elif isinstance(error, RefusedError):
-            status = 2
-        elif isinstance(error, FailedError):
-            status, text = error.status, f'error: {error}' if error.status == 1 else str(error)
-        sys.stderr.write(f'{text}\n' if text else '')
-        return status
+        return _told(error, command, prepared=work is not None)
+    work()  # a script, whose errors are its own
+    return 0
+
+
+def _told(error: BaseException, command: Command, prepared: bool) -> int:
+    """Tell of an error in a line, and return the exit status."""
+    rank = int(os.environ.get('RANK', '0'))
+    if isinstance(error, KeyboardInterrupt):
+        text, status = str(error) or command.interrupted, getattr(error, 'status', 130)
+        sys.stderr.write(f'{text}\n' * (rank == 0))
+        return int(status)
+    text = str(error) if isinstance(error, FailedError) else explain(error, command.remedy)
+    who = f'process {rank}: ' if rank else ''
+    sys.stderr.write(f'error: {who}{text}\n')
+    return 2 if isinstance(error, BAD_INPUT) and not prepared else 1
 
 
 if __name__ == '__main__':

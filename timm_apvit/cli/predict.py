@@ -2,86 +2,115 @@
 
 import argparse
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 from timm.data import create_transform
+from torch import Tensor
 
-from timm_apvit.cli.evaluate import write_csv
-from timm_apvit.failures import FailedError, explain, refusing
-from timm_apvit.files import check_writable
-from timm_apvit.finetuning.folders import images_below
-from timm_apvit.finetuning.models import MODEL_HELP, load_model
-from timm_apvit.finetuning.processes import check_device
-from timm_apvit.finetuning.values import number, parse_budget
+from timm_apvit.cli.options import BATCH_SIZE, add_model, add_shared, load
+from timm_apvit.failures import FailedError
+from timm_apvit.files import check_writable, write_csv
+from timm_apvit.finetuning.config import resumed_settings
+from timm_apvit.finetuning.image_files import images_below
+from timm_apvit.finetuning.settings import CONFIG_FILE
+from timm_apvit.finetuning.sources import transform_config
+from timm_apvit.finetuning.values import number
 from timm_apvit.pictures.images import eight_bit, image_config, opened
 from timm_apvit.results import aligned
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of the command to a parser, which then returns only those that are given."""
-    parser.argument_default = argparse.SUPPRESS
+    """Add the options of the command to a parser."""
     parser.add_argument('paths', nargs='+', metavar='PATH', help='images, and folders of them')
+    add_model(parser)
     add = parser.add_argument
-    add('--checkpoint', required=True, metavar='MODEL', help=MODEL_HELP)
-    add('--csv', metavar='FILE', help='write the table there (default: print it)')
+    add('--csv', metavar='FILE.csv', help='write the table there (default: print it)')
     add('--top-k', type=number(int, 1), metavar='K', help='classes of each image (default: 1)')
-    add('--num-patches', type=parse_budget, metavar='N', help="number of patches, or GHxGW (default: the model's own)")
-    add('--batch-size', type=number(int, 1), help='(default: 32)')
-    add('--device', help='cpu, cuda, cuda:1, ... (default: cuda if there is one)')
+    add(
+        '--multi-label',
+        action='store_true',
+        help="probabilities of classes that do not exclude each other (default: as a run's)",
+    )
+    add_shared(parser, 'num_patches', 'batch_size', 'device')
 
 
-def run(given: dict[str, Any]) -> None:
-    """Predict, and print or write a line for each image."""
-    with refusing():
-        if 'csv' in given:
-            check_writable(given['csv'])
-        device = check_device(given.get('device') or ('cuda' if torch.cuda.is_available() else 'cpu'), None)
-        if missing := [each for each in given['paths'] if not Path(each).exists()]:
-            raise FileNotFoundError(f'expected images and folders that exist, got {missing[0]!r}')
-        paths = [path for each in given['paths'] for path in images_below(Path(each))]
-        if not paths:
-            raise ValueError(f'expected images in {", ".join(given["paths"])}, got none')
-        model = load_model(given['checkpoint']).to(device).eval()
-        if model.num_classes == 0:
-            raise ValueError(f'expected a model with a classifier, got {given["checkpoint"]!r}, which has none')
-        if 'num_patches' in given:
-            model.set_num_patches(given['num_patches'])
-    best = min(given.get('top_k', 1), model.num_classes)
-    titles = ['image', *(f'{what}{n}' for n in range(1, best + 1) for what in ('class', 'probability'))]
-    try:
-        rows = list(predictions(model, paths, best, given.get('batch_size', 32)))
-    except (RuntimeError, MemoryError, ValueError, OSError) as error:
-        raise FailedError(explain(error, 'lower --batch-size or --num-patches')) from error
-    titles += ['x', 'y', 'half_extent']
+def prepare(given: dict[str, Any]) -> Callable[[], None]:
+    """Load the model, whose predictions the work prints or writes, a line for each image."""
     if 'csv' in given:
-        write_csv(Path(given['csv']), [titles, *rows])
-    else:
-        sys.stdout.write(aligned(titles, rows) + '\n')
+        check_writable(given['csv'])
+    if missing := [each for each in given['paths'] if not Path(each).exists()]:
+        raise FileNotFoundError(f'expected images and folders that exist, got {missing[0]!r}')
+    paths = [path for each in given['paths'] for path in images_below(Path(each))]
+    if not paths:
+        raise ValueError(f'expected images in {", ".join(given["paths"])}, got none')
+    model = load(given)
+    if model.num_classes == 0:
+        raise ValueError(f'expected a model with a classifier, got {given["model"]!r}, which has none')
+    best, activation = min(given.get('top_k', 1), model.num_classes), torch.sigmoid
+    run = Path(given['model'])
+    several = (run / CONFIG_FILE).is_file() and resumed_settings(run, {}).multi_label
+    if not given.get('multi_label', several):
+        activation = partial(torch.softmax, dim=1)
+    titles = ['image', *(f'{what}{n}' for n in range(1, best + 1) for what in ('class', 'probability'))]
+    titles += ['x', 'y', 'half_extent']
+
+    def work() -> None:
+        left_out: list[str] = []
+        rows = list(predictions(model, paths, best, given.get('batch_size', BATCH_SIZE), activation, left_out))
+        if len(left_out) == len(paths):
+            raise FailedError(f'{left_out[0]}; nothing was predicted')
+        if 'csv' in given:
+            write_csv(Path(given['csv']), [titles, *rows])
+        else:
+            sys.stdout.write(aligned(titles, rows) + '\n')
+        if left_out:
+            more = f' ({len(left_out)} of {len(paths)} are left out)'
+            raise FailedError(left_out[0] + more)
+
+    return work
 
 
 @torch.inference_mode()
-def predictions(model: Any, paths: list[Path], best: int, batch_size: int) -> Iterator[list[str]]:
+def predictions(
+    model: Any,
+    paths: list[Path],
+    best: int,
+    batch_size: int,
+    activation: Callable[[Tensor], Tensor],
+    left_out: list[str],
+) -> Iterator[list[str]]:
     """A row for each image: path, classes and probabilities, and centre and half-extent of where the patches lie.
 
-    Raises:
-        ValueError: an image that cannot be read.
+    Args:
+        model: in eval mode.
+        paths: of the images.
+        best: number of classes of each image.
+        batch_size: of the model.
+        activation: logits ``(B, classes)`` -> probabilities.
+        left_out: gets what is wrong with each image that cannot be read.
     """
     config = image_config(model)
-    keys = ('input_size', 'interpolation', 'mean', 'std', 'crop_pct', 'crop_mode')
-    transform = create_transform(**{key: config[key] for key in keys})
+    transform = create_transform(**transform_config(config))
     names = model.pretrained_cfg.get('label_names') or [str(n) for n in range(model.num_classes)]
     device, left = next(model.parameters()).device, iter(paths)
-    while batch := list(islice(left, batch_size)):
-        images = []
-        for path in batch:
-            with opened(path) as image:
-                images.append(transform(eight_bit(image, config['input_size'][0])))
+    while candidates := list(islice(left, batch_size)):
+        batch, images = [], []
+        for path in candidates:
+            try:
+                with opened(path) as image:
+                    images.append(transform(eight_bit(image, config['input_size'][0])))
+                batch.append(path)
+            except ValueError as error:
+                left_out.append(str(error))
+        if not batch:
+            continue
         tokens = model.patch_embed(torch.stack(images).to(device))
-        probabilities, classes = torch.softmax(model(tokens).float(), dim=1).topk(best)
+        probabilities, classes = activation(model(tokens).float()).topk(best)
         window = tokens.geometry.window
         for n, path in enumerate(batch):
             found = [

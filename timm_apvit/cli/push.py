@@ -4,29 +4,32 @@ import argparse
 import json
 import shlex
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import yaml
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
-from timm_apvit.failures import RefusedError, one_line
-from timm_apvit.finetuning.folder import BEST
+from timm_apvit.failures import one_line
+from timm_apvit.finetuning.config import read_mapping
+from timm_apvit.finetuning.models import folder_of
+from timm_apvit.finetuning.report import FIXED, SUMMARY, display_name
 from timm_apvit.finetuning.settings import CONFIG_FILE
 from timm_apvit.finetuning.sources import is_path
+from timm_apvit.hub.access import check_repo_id
 from timm_apvit.hub.card import PICTURE, CardDetails
 from timm_apvit.hub.pushing import Pushed, push_to_hub
-from timm_apvit.results import check_results
+from timm_apvit.results import METRICS, check_results
 
 RESULTS_FILE = 'evaluation.json'
-SUMMARY_FILE = 'summary.json'
 HUB_DATASETS = ('hfds/', 'hfids/')
 OPTIONS = ('private', 'revision', 'create_pr', 'token', 'commit_message', 'overwrite_card')
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of the command to a parser, which then returns only those that are given."""
-    parser.argument_default = argparse.SUPPRESS
+    """Add the options of the command to a parser."""
     parser.add_argument('directory', metavar='DIR', help='folder of a run (its best model), or of save_pretrained')
     parser.add_argument('repo_id', metavar='REPO_ID', help='NAMESPACE/NAME; made if it does not exist')
     add = parser.add_argument_group('repository').add_argument
@@ -54,34 +57,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run(given: dict[str, Any]) -> None:
-    """Push a run or a saved model, and tell what became of it."""
-    try:
-        tell(push_directory(given))
-    except (ValueError, FileNotFoundError) as error:
-        raise RefusedError(one_line(error)) from error
+def prepare(given: dict[str, Any]) -> Callable[[], None]:
+    """Check a run or a saved model, which the work pushes, telling what became of it."""
+    push = prepared_push(given)
+    return lambda: tell(push())
 
 
-def push_directory(given: dict[str, Any]) -> Pushed:
-    """Push a run, or a folder that ``save_pretrained`` wrote.
-
-    Args:
-        given: options of the command.
-
-    Raises:
-        ValueError, OSError: as for `timm_apvit.hub.pushing.push_to_hub`.
-    """
+def prepared_push(given: dict[str, Any]) -> Callable[[], Pushed]:
+    """What pushes a run, or a folder that ``save_pretrained`` wrote, as options say by their names."""
+    check_repo_id(given['repo_id'])
     directory = Path(given['directory'])
     if not directory.is_dir():
         raise FileNotFoundError(f'expected the folder of a run or of a model, got {str(directory)!r}')
-    is_run = (directory / CONFIG_FILE).is_file()
-    if is_run and not (directory / BEST).is_dir():
-        raise FileNotFoundError(f'expected a run that saved a model, got {str(directory)!r}, which has none yet')
-    card = card_of(directory, given)
     # A run that still trains lets the link name another version.
-    model = (directory / BEST).resolve() if is_run else directory
+    model = (folder_of(str(directory)) or directory).resolve()
     options = {name: given[name] for name in OPTIONS if name in given}
-    return push_to_hub(model, given['repo_id'], card=card, **options)
+    return partial(push_to_hub, model, given['repo_id'], card=card_of(directory, given), **options)
 
 
 def tell(pushed: Pushed) -> None:
@@ -91,20 +82,16 @@ def tell(pushed: Pushed) -> None:
         sys.stdout.write('model card  kept the README.md that is there; --overwrite-card replaces it\n')
 
 
-def again(given: dict[str, Any]) -> str:
+def push_command(given: dict[str, Any]) -> str:
     """The command that pushes a run again."""
     words = ['python', '-m', 'timm_apvit', 'push', str(given['directory']), given['repo_id']]
     return shlex.join([*words, *['--private'] * ('private' in given), *['--no-picture'] * ('picture' in given)])
 
 
 def card_of(directory: Path, given: dict[str, Any]) -> CardDetails:
-    """What a run, and the options given, say on the model card.
-
-    Raises:
-        FileNotFoundError: there are no such results, or there is no such picture.
-        ValueError: the results or the configuration are not readable.
-    """
-    config = _config(directory / CONFIG_FILE)
+    """What a run, and the options given, say on the model card."""
+    file = directory / CONFIG_FILE
+    config = read_mapping(file) if file.is_file() else {}
     results = _results(directory, given.get('results'), config)
     evaluated = (results or {}).get('options', {}).get('data')
     picture = directory / PICTURE
@@ -122,26 +109,13 @@ def card_of(directory: Path, given: dict[str, Any]) -> CardDetails:
     )
 
 
-def _config(path: Path) -> dict[str, Any]:
-    """The options of a run, as they are in its file; none: it is not a run."""
-    if not path.is_file():
-        return {}
-    try:
-        config = yaml.safe_load(path.read_text())
-    except (ValueError, yaml.YAMLError) as error:
-        raise ValueError(f'expected YAML, got a damaged {path}: {one_line(error)}') from error
-    if not isinstance(config, dict):
-        raise ValueError(f'expected names of options and their values in {path}, got {type(config).__name__}')
-    return config
-
-
 def _results(directory: Path, file: str | None, config: dict[str, Any]) -> dict[str, Any] | None:
     """What the model is worth: as evaluated, or else in its best epoch."""
     path = Path(file) if file is not None else directory / RESULTS_FILE
     if file is not None and not path.is_file():
         raise FileNotFoundError(f'expected a file that evaluate --json wrote, got {file!r}, which is not a file')
     if not path.is_file():
-        return _summary(directory / SUMMARY_FILE, config)
+        return _summary(directory / SUMMARY, config)
     try:
         results: dict[str, Any] = json.loads(path.read_text())
         check_results(results)
@@ -156,19 +130,21 @@ def _summary(path: Path, config: dict[str, Any]) -> dict[str, Any] | None:
         return None
     try:
         summary = json.loads(path.read_text())
-        own = summary[str(config.get('model'))]
+        own = summary[display_name(str(config.get('model')))]
         budgets = own.get('budgets') or {str(config.get('num_patches') or own['num_patches']): own}
+        metric = next(key for key in METRICS if key in own)
         rows = [
-            {'budget': key, 'num_patches': row['num_patches'], 'top1': row['best_top1']} for key, row in budgets.items()
+            {'budget': key, 'num_patches': row['num_patches'], metric: row[f'best_{metric}']}
+            for key, row in budgets.items()
         ]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, StopIteration) as error:
         raise ValueError(f'expected the summary of a run, got a damaged {path}: {one_line(error)}') from error
-    note = 'top-1 is that of the best epoch, which was chosen on these very images'
-    if 'fixed grid' in summary:
-        fixed = summary['fixed grid']
+    note = f'{METRICS[metric]} is that of the best epoch, which was chosen on these very images'
+    if FIXED in summary:
+        fixed = summary[FIXED]
         note += (
             f'; the same ViT on a fixed grid of {fixed["num_patches"]} patches, trained alike, reached '
-            f'{fixed["best_top1"]:.3f}'
+            f'{fixed[f"best_{metric}"]:.3f}'
         )
     return {'rows': rows, 'note': note}
 
@@ -212,8 +188,8 @@ def _public(value: Any) -> Any:
         return [_public(item) for item in value]
     if not isinstance(value, str):
         return value
-    scheme, address, _ = value.partition('://')
-    if address or value.startswith('pipe:'):
+    scheme, separator, _ = value.partition('://')
+    if separator or value.startswith('pipe:'):
         return f'{scheme.partition(":")[0]}:...'
     head = 'local-dir:' if value.startswith('local-dir:') else ''
     path = value.removeprefix(head)

@@ -3,6 +3,7 @@
 import argparse
 import sys
 import types
+from collections.abc import Callable
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from typing import Any
@@ -27,16 +28,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run(given: dict[str, Any]) -> int:
-    """Run the script as Python would; return the exit status of one that ends by itself."""
+def prepare(given: dict[str, Any]) -> Callable[[], None]:
+    """Prepare to run the script as Python would."""
     file, *arguments = given['script']
     path = Path(file)
     if not path.is_file():
         what = 'a folder' if path.is_dir() else 'which does not exist'
-        sys.stderr.write(f'error: expected the file of a Python script, got {file!r}, {what}\n')
-        return 2
-    run_script(file, arguments)
-    return 0
+        raise FileNotFoundError(f'expected the file of a Python script, got {file!r}, {what}')
+    return lambda: run_script(file, arguments)
 
 
 def run_script(file: str, arguments: list[str]) -> None:
@@ -44,10 +43,6 @@ def run_script(file: str, arguments: list[str]) -> None:
 
     As there, the script is the module ``__main__``, its folder comes first in ``sys.path``, an error shows the
     script's own frames alone, and ``sys.exit`` ends the process.
-
-    Raises:
-        OSError: the file cannot be read.
-        BaseException: what the script raises.
     """
     path = str(Path(file).absolute())
     module = types.ModuleType('__main__')

@@ -3,6 +3,7 @@
 A fixed grid of fewer tokens sees the whole image at a lower resolution. Adaptive patches are measured against that.
 """
 
+import json
 import math
 from functools import partial
 from pathlib import Path
@@ -14,6 +15,8 @@ from torch import Tensor, nn
 
 from timm_apvit.models.adapting import vit_of
 from timm_apvit.models.mixin import APViT
+
+SOURCE_SIZE = 'source_size'  # key of config.json
 
 
 def fixed_grid(model: APViT) -> tuple[int, int]:
@@ -50,18 +53,31 @@ def create_baseline(model: APViT) -> nn.Module:
     vit: Any = vit_of(model)
     vit.set_input_size(img_size=size)
     vit.pretrained_cfg = {**vit.pretrained_cfg, 'input_size': (vit.patch_embed.proj.in_channels, *size)}
-    vit.register_forward_pre_hook(partial(_resize_input, size=size))
-    baseline: nn.Module = vit
-    return baseline
+    vit.source_size = tuple(model.patch_embed.img_size)
+    return resizing(vit)
+
+
+def resizing(vit: Any) -> nn.Module:
+    """Let a ViT resize its images to its own size, in place."""
+    vit.register_forward_pre_hook(partial(_resize_input, size=tuple(vit.patch_embed.img_size)))
+    resized: nn.Module = vit
+    return resized
 
 
 def save_baseline(model: nn.Module, directory: Path, label_names: list[str]) -> None:
     """Save a baseline for ``timm.create_model('local-dir:DIRECTORY', pretrained=True)``, a ViT that resizes nothing."""
     vit: Any = model
-    config = {'label_names': label_names, 'num_classes': vit.num_classes}
+    config = {'label_names': label_names, 'num_classes': vit.num_classes, SOURCE_SIZE: list(vit.source_size)}
     args = {name: value for name, value in vit._model_args.items() if name not in ('num_classes', 'in_chans')}
     args |= {'img_size': list(vit.patch_embed.img_size), 'in_chans': vit.patch_embed.proj.in_channels}
     save_for_hf(vit, directory, model_config=config, model_args=args, safe_serialization=True)
+
+
+def source_size(directory: Path) -> tuple[int, int] | None:
+    """Size of the images that a saved baseline was trained on, and resized; None: it is no baseline."""
+    path = directory / 'config.json'
+    size = json.loads(path.read_text(encoding='utf-8')).get(SOURCE_SIZE) if path.is_file() else None
+    return None if size is None else (int(size[0]), int(size[1]))
 
 
 def _resize_input(_: nn.Module, args: tuple[Tensor, ...], size: tuple[int, int]) -> tuple[Tensor, ...]:

@@ -19,14 +19,9 @@ MOVABLE = ('data', 'data_dir', 'class_map')
 
 
 def config_text(settings: Settings) -> str:
-    """The settings that make a run what it is, as a configuration file that repeats it.
-
-    Raises:
-        TypeError: a file cannot hold an argument of the model.
-    """
+    """The settings that make a run what it is, as a configuration file that repeats it."""
     values = {name: value for name, value in asdict(settings).items() if name in SAVED}
-    if values['num_patches'] is not None:
-        budgets = values['num_patches']
+    if budgets := values['num_patches']:
         values['num_patches'] = budgets[0] if isinstance(budgets[0], dict) else ','.join(map(format_budget, budgets))
     written = yaml.safe_dump(json.loads(json.dumps(values)), sort_keys=False, default_flow_style=None, width=120)
     return (
@@ -36,13 +31,8 @@ def config_text(settings: Settings) -> str:
     )
 
 
-def read_config(path: Path) -> dict[str, Any]:
-    """Read settings from a YAML or JSON file, checked as those of the command line are; None: the file has null.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is not readable, has unknown names, or a value that its option does not take.
-    """
+def read_mapping(path: Path) -> dict[str, Any]:
+    """Read names and their values from a YAML or JSON file."""
     if not path.is_file():
         raise FileNotFoundError(f'expected a configuration file, got {str(path)!r}, which is not a file')
     try:
@@ -51,8 +41,14 @@ def read_config(path: Path) -> dict[str, Any]:
     except (ValueError, yaml.YAMLError) as error:
         raise ValueError(f'expected YAML or JSON, got a damaged {path}: {one_line(error)}') from error
     if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
-        raise ValueError(f'expected names of options and their values in {path}, got {type(values).__name__}')
-    named = {name.replace('-', '_'): value for name, value in values.items()}
+        found = 'nothing' if values is None else type(values).__name__
+        raise ValueError(f'expected names of options and their values in {path}, got {found}')
+    return values
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Read settings from a file, checked as those of the command line are; None: the file has null."""
+    named = {name.replace('-', '_'): value for name, value in read_mapping(path).items()}
     if removed := [name for name in named if name in REMOVED and named[name] not in (None, False)]:
         raise ValueError(f'{path}: {flag(removed[0])} was removed: {REMOVED[removed[0]]}')
     if unknown := sorted(named.keys() - FIELDS.keys() - REMOVED.keys() | named.keys() & {'resume'}):
@@ -62,13 +58,11 @@ def read_config(path: Path) -> dict[str, Any]:
 
 def _read(path: Path, name: str, value: Any) -> Any:
     """A value of a file, as the command line would give it."""
-    if value is None:
-        return None
     about = FIELDS[name].metadata
     several = about['argparse'].get('nargs')
     try:
-        if several is None:
-            return about['kind'](value)
+        if value is None or several is None:
+            return None if value is None else about['kind'](value)
         if not isinstance(value, list) or (isinstance(several, int) and len(value) != several):
             length = 'values' if several == '+' else several
             raise argparse.ArgumentTypeError(f'expected a list of {length}, got {value!r}')
@@ -78,40 +72,32 @@ def _read(path: Path, name: str, value: Any) -> Any:
 
 
 def with_config(given: dict[str, Any]) -> dict[str, Any]:
-    """Options of the command line with those of its ``config``, if it has one; where both say something it wins.
-
-    Raises:
-        FileNotFoundError, ValueError: as for `read_config`, or a run is resumed, which has its own.
-    """
+    """Options of the command line with those of its ``config``, if it has one; where both say something it wins."""
     own = {name: value for name, value in given.items() if name != 'config'}
     if given.get('config') is None:
         return own
     if own.get('resume') is not None:
         raise ValueError(f'expected --config or --resume, which takes its own {CONFIG_FILE}, got both')
     read = {name: value for name, value in read_config(Path(given['config'])).items() if value is not None}
-    both = {'model_kwargs': {**read.get('model_kwargs', {}), **own.get('model_kwargs', {})}}
-    return {**read, **own, **(both if both['model_kwargs'] else {})}
+    kwargs = {**read.get('model_kwargs', {}), **own.get('model_kwargs', {})}
+    return {**read, **own, **({'model_kwargs': kwargs} if kwargs else {})}
 
 
 def resumed_settings(directory: Path, given: dict[str, Any]) -> Settings:
-    """Settings of a run with those given now, which must not contradict it.
-
-    Raises:
-        FileNotFoundError: not the directory of a run.
-        ValueError: its options are not readable, those of another version, or differ from those given.
-    """
+    """Settings of a run with those given now, which must not contradict it."""
     path = directory / CONFIG_FILE
     if not path.is_file():
         raise FileNotFoundError(f'expected the folder of a run, which holds {CONFIG_FILE}, got {str(directory)!r}')
     saved = read_config(path)
-    if missing := sorted(set(SAVED) - set(saved)):
-        raise ValueError(f'expected the options of a run in {path}, got none for {", ".join(missing)}')
-    free = [name for name in given if FIELDS[name].metadata['resume'] is not None or name in MOVABLE]
-    differing = [name for name in given if name not in free and not _agree(saved[name], given[name])]
-    if differing:
-        texts = [f'{flag(name)} {_shown(given[name])} (the run has {_shown(saved[name])})' for name in differing]
-        raise ValueError(f'expected the options of the run that is resumed, got {", ".join(texts)}')
+    if not saved.get('model'):
+        raise ValueError(f'expected the options of a run in {path}, got none for model')
     own = {name: value for name, value in saved.items() if value is not None and name in SAVED}
+    settings = Settings(**own)  # options that are newer than the run have their defaults
+    free = [name for name in given if FIELDS[name].metadata['resume'] is not None or name in MOVABLE]
+    differing = [name for name in given if name not in free and not _agree(getattr(settings, name), given[name])]
+    if differing:
+        texts = [f'{flag(n)} {_shown(n, given[n])} (the run has {_shown(n, getattr(settings, n))})' for n in differing]
+        raise ValueError(f'expected the options of the run that is resumed, got {", ".join(texts)}')
     return Settings(**{**own, **{name: given[name] for name in free}})
 
 
@@ -123,9 +109,11 @@ def _agree(saved: Any, given: Any) -> bool:
     return bool(saved == given)
 
 
-def _shown(value: Any) -> str:
+def _shown(name: str, value: Any) -> str:
     """The value of an option as people give it."""
-    return ','.join(map(format_budget, value)) if isinstance(value, tuple) else str(value)
+    if not isinstance(value, tuple):
+        return str(value)
+    return ','.join(map(format_budget, value)) if name == 'num_patches' else 'x'.join(map(str, value))
 
 
 def _suggest(name: str) -> str:

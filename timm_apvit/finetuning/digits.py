@@ -5,8 +5,9 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from timm_apvit.finetuning.batches import Splits
+from timm_apvit.failures import require
 from timm_apvit.finetuning.clutter import ClutteredObjects
+from timm_apvit.finetuning.samples import Splits
 
 # The test digits are the same whatever the seed of a run, so that no run is tested on digits another was trained on.
 SPLIT_SEED = 0
@@ -21,16 +22,10 @@ def load_embedded_digits(
     mean: Sequence[float] = (0.5,),
     std: Sequence[float] = (0.5,),
 ) -> Splits:
-    """Make cluttered digits out of scikit-learn's 1,797 real ones, a fifth of which are kept for the test.
+    """Make cluttered digits out of scikit-learn's 1,797 real ones, a fifth of which are kept for the test."""
+    require('sklearn', 'what has no DATA')
+    from sklearn.datasets import load_digits
 
-    Raises:
-        ModuleNotFoundError: scikit-learn is not installed.
-    """
-    try:
-        from sklearn.datasets import load_digits
-    except ModuleNotFoundError:
-        message = "the embedded digits need scikit-learn: pip install 'timm-apvit[finetune]', or give DATA"
-        raise ModuleNotFoundError(message) from None
     digits = load_digits()
     order = np.random.default_rng(SPLIT_SEED).permutation(len(digits.images))
     n_test = round(TEST_FRACTION * len(order))

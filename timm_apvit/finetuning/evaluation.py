@@ -1,36 +1,27 @@
 """What a model is worth: accuracy and loss on test data at each budget, multiply-adds, and speed."""
 
+import logging
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from timm.task.evaluator import ClassificationEvaluator
+from timm.task import ClassificationEvaluator, MultiLabelClassificationEvaluator
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from timm_apvit.finetuning.batches import Division, Splits, batches_to_test
+from timm_apvit.finetuning.samples import WHOLE, BatchSplit, Splits
 from timm_apvit.finetuning.values import Budget, count, format_budget
 from timm_apvit.models.mixin import APViT
 
 SECONDS = 1.0  # that each speed is measured for, at least
 
 
-class Scores(NamedTuple):
-    """How well a model does.
-
-    Attributes:
-        loss: mean cross entropy.
-        top1: accuracy in [0, 1].
-        top5: share of the images, in [0, 1], whose class is among the five (or all, if fewer) most likely ones.
-        images: that were seen.
-    """
-
-    loss: float
-    top1: float
-    top5: float
-    images: int
+def metric_of(splits: Splits) -> str:
+    """What a model is best in, as timm has it: ``'top1'``, or with several labels ``'map'``."""
+    evaluator = MultiLabelClassificationEvaluator if splits.multi_label else ClassificationEvaluator
+    return str(evaluator.default_metric)
 
 
 def evaluate(
@@ -39,10 +30,10 @@ def evaluate(
     batch_size: int,
     workers: int = 0,
     amp: str | None = None,
-    division: Division = Division(),  # noqa: B008  immutable
-    look: Callable[[Tensor, Tensor], None] | None = None,
-) -> Scores:
-    """How well a model does on the test data, which all processes share.
+    split: BatchSplit = WHOLE,
+    each: Callable[[Tensor, Tensor], None] | None = None,
+) -> dict[str, float]:
+    """How well a model does on the test data, which all processes share, by timm's evaluator.
 
     Args:
         model: is in eval mode afterwards.
@@ -50,30 +41,34 @@ def evaluate(
         batch_size: of this process.
         workers: processes that load data.
         amp: ``'bfloat16'``, ``'float16'`` or None for float32.
-        division: of the images among processes.
-        look: is shown the logits ``(B, classes)`` and the labels ``(B,)`` of each batch.
+        split: of the images among processes.
+        each: is called with the logits ``(B, classes)`` and the labels of each batch.
 
-    Raises:
-        RuntimeError: there are no test images, which a stream tells only now.
+    Returns:
+        ``loss``, the mean cross entropy, and in [0, 1] ``top1`` and of more than five classes ``top5``; with several
+        labels to an image that of each class, and ``map``, the mean average precision of the classes, and ``micro_f1``,
+        ``macro_f1`` and ``sample_f1``. ``images``, that were seen.
     """
     device = next(model.parameters()).device
-    evaluator = ClassificationEvaluator(device)
+    evaluator = (MultiLabelClassificationEvaluator if splits.multi_label else ClassificationEvaluator)(device)
     model.eval()
     with torch.inference_mode():
-        for images, labels in batches_to_test(splits.test, batch_size, workers, division):
+        for images, labels in splits.test.test_batches(batch_size, workers, split):
             with autocast(device, amp):
                 logits = model(images.to(device, non_blocking=True)).float()
             targets = labels.to(device, non_blocking=True)
             evaluator.update(logits, targets)
-            if look is not None:
-                look(logits, targets)
-        found = evaluator.compute(distributed=division.world > 1)
+            if each is not None:
+                each(logits, targets)
+        found = evaluator.compute(distributed=split.world > 1)
         seen = torch.tensor(evaluator.num_samples, device=device)
-        if division.world > 1:
+        if split.world > 1:
             torch.distributed.all_reduce(seen)
     if not seen:
         raise RuntimeError('expected test images, got none')
-    return Scores(found['loss'], found['top1'] / 100, found['top5'] / 100, int(seen))
+    if len(splits.label_names) <= 5:
+        found.pop('top5', None)
+    return {**{key: value if key == 'loss' else value / 100 for key, value in found.items()}, 'images': int(seen)}
 
 
 def evaluate_budgets(
@@ -82,23 +77,19 @@ def evaluate_budgets(
     """`evaluate` at each of several budgets, of which the largest is set afterwards; further arguments are its own.
 
     Returns:
-        ``test_loss`` and ``test_top1``, their means over the budgets; with several budgets also ``test_loss_N`` and
-        ``test_top1_N`` for each N or GHxGW. A model that has no budgets is evaluated as it is.
+        ``test_loss`` and ``test_top1``, or ``test_map``, their means over the budgets; with several budgets also
+        ``test_loss_N`` and ``test_top1_N`` for each N or GHxGW. A model without budgets is evaluated as it is.
     """
+    keys = ('loss', metric_of(splits))
     if not isinstance(model, APViT) or len(budgets) < 2:
-        scores = evaluate(model, splits, *args, **kwargs)
-        return {'test_loss': scores.loss, 'test_top1': scores.top1}
-    metrics = {}
+        found = evaluate(model, splits, *args, **kwargs)
+        return {f'test_{key}': found[key] for key in keys}
+    by_budget = {}
     for budget in sorted(budgets, key=count):
         model.set_num_patches(budget)
-        scores = evaluate(model, splits, *args, **kwargs)
-        metrics[f'test_loss_{format_budget(budget)}'] = scores.loss
-        metrics[f'test_top1_{format_budget(budget)}'] = scores.top1
-    means = {
-        key: sum(value for name, value in metrics.items() if name.startswith(key)) / len(budgets)
-        for key in ('test_loss', 'test_top1')
-    }
-    return {**means, **metrics}
+        by_budget[format_budget(budget)] = evaluate(model, splits, *args, **kwargs)
+    means = {f'test_{key}': sum(each[key] for each in by_budget.values()) / len(budgets) for key in keys}
+    return means | {f'test_{key}_{name}': each[key] for name, each in by_budget.items() for key in keys}
 
 
 def autocast(device: torch.device, amp: str | None) -> AbstractContextManager[object]:
@@ -117,6 +108,8 @@ def multiply_adds(model: nn.Module, images: Tensor) -> int:
 
 def images_per_second(forward: Callable[[], Any], images: int, seconds: float | None = None) -> float:
     """Speed of a forward of so many images: of the median of runs of ``seconds`` in all, after a warm-up."""
+    # It tells of a CUDA_HOME where there is no GPU.
+    logging.getLogger('torch.utils.cpp_extension').setLevel(logging.ERROR)
     from torch.utils.benchmark import Timer
 
     timer = Timer('forward()', globals={'forward': forward}, num_threads=torch.get_num_threads())

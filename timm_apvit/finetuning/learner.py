@@ -46,7 +46,7 @@ class Learner:
     ) -> None:
         self.accelerator, self.task, self.settings, self.mixup = accelerator, task, settings, mixup
         self.device: torch.device = accelerator.device
-        self.model = model.to(self.device)
+        self.model = model
         self.adaptive = model if isinstance(model, APViT) else None
         self.budgets = settings.num_patches or ()
         self.updates_per_epoch = updates_per_epoch
@@ -68,6 +68,7 @@ class Learner:
             num_epochs=settings.epochs,
             warmup_epochs=settings.warmup,
             warmup_lr=0.0,
+            decay_rate=1.0,  # of the polynomial: a straight line
             step_on_epochs=False,
             updates_per_epoch=updates_per_epoch,
         )
@@ -105,9 +106,6 @@ class Learner:
 
         Returns:
             The mean of each term of the loss, on the device; on a GPU they may not be finite.
-
-        Raises:
-            FloatingPointError: the loss is not finite, on a CPU.
         """
         settings, accelerator = self.settings, self.accelerator
         seed = seed_from(settings.seed, number, 1) % 2**31
@@ -126,7 +124,7 @@ class Learner:
                 terms = {name: value.detach() for name, value in result.items() if name != 'output'}
                 if self.device.type == 'cpu':
                     # Nothing waits for it here, and to go back through patches at NaN would end the process.
-                    check_finite(float(terms['loss']), number)
+                    check_finite(float(terms['loss']), f'training loss became {{}} in update {number + 1}')
                 accelerator.backward(result['loss'])
                 if accelerator.sync_gradients and settings.clip_grad:
                     accelerator.clip_grad_norm_(self.model.parameters(), settings.clip_grad)
@@ -195,7 +193,7 @@ class Learner:
             self.network, self.task.trainable_module = None, self.model
 
 
-def check_finite(loss: float, update: int) -> None:
-    """Raise FloatingPointError unless the loss of an update, from 0, is finite."""
+def check_finite(loss: float, what: str) -> None:
+    """Raise FloatingPointError, with what became of it, unless a loss is finite."""
     if not math.isfinite(loss):
-        raise FloatingPointError(f'the training loss became {loss} in update {update + 1}; try a lower --lr')
+        raise FloatingPointError(f'the {what.format(loss)}; try a lower --lr')

@@ -1,7 +1,6 @@
 """Models to fine-tune: created by name, with weights from where they are."""
 
 import re
-from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,14 +9,16 @@ import numpy as np
 import timm
 import torch
 from safetensors import safe_open
-from timm.models import load_state_dict
+from timm.models import clean_state_dict, load_state_dict
 
 from timm_apvit.failures import one_line
-from timm_apvit.finetuning.folder import BEST
+from timm_apvit.finetuning.checkpoints import BEST
 from timm_apvit.finetuning.settings import CONFIG_FILE, Settings
 from timm_apvit.finetuning.values import count
-from timm_apvit.models.checkpoint import LOCALIZER
+from timm_apvit.models.apvit import twin_name
+from timm_apvit.models.checkpoint import LOCALIZER, source_repository
 from timm_apvit.models.mixin import APViT
+from timm_apvit.pictures.images import image_config, per_channel
 
 MODEL_HELP = (
     "folder of a run (its best model) or of a saved model, a model's name on the Hugging Face Hub, or a registered "
@@ -25,6 +26,7 @@ MODEL_HELP = (
 )
 HUB_NAME = re.compile(r'\w[\w.-]*/[\w.-]+')
 CLASSIFIER_ENDS = ('head.bias', 'head/bias')
+PROJECTION = 'patch_embed.proj.weight'
 
 
 class Start(NamedTuple):
@@ -41,33 +43,50 @@ class Start(NamedTuple):
     notes: tuple[str, ...]
 
 
-def start_model(settings: Settings, num_classes: int) -> Start:
-    """Create the model of the settings, with their weights and a classifier for so many classes.
-
-    Raises:
-        FileNotFoundError: there is no such checkpoint.
-        ValueError: it cannot be created, is not an APViT, or its weights cannot be loaded.
-    """
+def start_model(settings: Settings, num_classes: int, weights: bool = True) -> Start:
+    """Create the model of the settings, with their weights, if wanted, and a classifier for so many classes."""
+    if not weights:
+        model = create_model(settings, num_classes)
+        model.base_model = source_repository(model.pretrained_cfg)
+        return Start(model, False, ())
     if settings.checkpoint is None and not settings.pretrained:
         source = f'; --pretrained takes the weights of {settings.model}' if ':' in str(settings.model) else ''
-        notes = (f'the model starts untrained{source}',) if settings.data is not None or source else ()
+        notes: tuple[str, ...] = (f'the model starts untrained{source}',) if settings.data is not None or source else ()
         return Start(create_model(settings, num_classes), False, notes)
     known = None if settings.checkpoint is None else classes_of_checkpoint(settings.checkpoint)
-    overlay = {} if known is None else {'num_classes': known}
-    model = create_model(settings, num_classes, weights=True, overlay=overlay)
+    model = create_model(settings, num_classes, weights=True, known_classes=known)
+    notes = _notes_on_weights(model, settings)
     if known is None:
         known = int(model.pretrained_cfg.get('num_classes') or 0)
     if known == num_classes:
-        return Start(model, True, ())
+        return Start(model, True, notes)
     has = f'has {known} classes' if known else 'is none'
-    return Start(model, False, (f'the classifier starts anew: that of the weights {has}, the data have {num_classes}',))
+    anew = f'the classifier starts anew: that of the weights {has}, the data have {num_classes}'
+    return Start(model, False, (anew, *notes))
+
+
+def _notes_on_weights(model: APViT, settings: Settings) -> tuple[str, ...]:
+    """What the model takes for granted of the weights in a file, which do not say it."""
+    notes: list[str] = []
+    if settings.checkpoint is None:
+        return ()
+    held, own = _shapes(str(settings.checkpoint)).get(PROJECTION, ())[2:], tuple(model.patch_embed.patch_size)
+    if len(held) == 2 and held != own:
+        sizes = [f'{h} x {w}' for h, w in (held, own)]
+        notes.append(f'the weights are of patches of {sizes[0]} pixels, resampled to {sizes[1]}: is it their model?')
+    if settings.mean is None:
+        mean, std = (', '.join(f'{value:g}' for value in image_config(model)[key]) for key in ('mean', 'std'))
+        notes.append(
+            f'images are normalised by mean {mean} and std {std}, as {settings.model} has them (--mean, --std)'
+        )
+    return tuple(notes)
 
 
 def create_model(
     settings: Settings,
     num_classes: int | None,
     weights: bool = False,
-    overlay: dict[str, Any] | None = None,
+    known_classes: int | None = None,
     any_vit: bool = False,
 ) -> APViT:
     """Create the model of the settings.
@@ -76,11 +95,8 @@ def create_model(
         settings: its name, arguments and weights.
         num_classes: 0: without a classifier; None: as many as its weights have.
         weights: whether to load them.
-        overlay: changes of the model's ``pretrained_cfg``.
+        known_classes: classes of the weights, if they say so.
         any_vit: whether models of timm without adaptive patches will do.
-
-    Raises:
-        ValueError: it cannot be created, is not an APViT, or its weights cannot be loaded.
     """
     name = str(settings.model)
     optional = {'transform': settings.transform, 'img_size': settings.img_size, 'localizer': settings.localizer}
@@ -89,12 +105,15 @@ def create_model(
         kwargs['num_patches'] = max(settings.num_patches, key=count)
     if num_classes is not None:
         kwargs['num_classes'] = num_classes
-    check_registered(name, 'apvit_*')
-    overlay = dict(overlay or {})
+    check_registered(name, '*apvit*')
+    twin = None if any_vit else _twin_of(name)
+    if twin is not None:
+        raise ValueError(f'expected an APViT, got {name!r}, which is a ViT; its twin is {twin}')
+    overlay: dict[str, Any] = {} if known_classes is None else {'num_classes': known_classes}
     if weights and settings.checkpoint is not None:
         overlay |= {'file': settings.checkpoint, 'custom_load': settings.checkpoint.endswith('.npz')}
     if overlay:
-        kwargs['pretrained_cfg_overlay'] = overlay
+        kwargs['pretrained_cfg_overlay'] = {**kwargs.get('pretrained_cfg_overlay', {}), **overlay}
     try:
         model = timm.create_model(name, pretrained=weights, **kwargs)
     # Weights that are damaged, of another model or out of reach fail in as many ways as there are formats.
@@ -107,14 +126,22 @@ def create_model(
     return created
 
 
+def _twin_of(name: str) -> str | None:
+    """The APViT that a ViT of timm has; None: it has none, or is no ViT."""
+    try:
+        return twin_name(name)
+    except ValueError:
+        return None
+
+
 def with_images(model: APViT, settings: Settings) -> APViT:
     """The model, which takes images cropped and normalised as the settings say, here and wherever it is loaded."""
-    in_chans = model.patch_embed.patching.in_chans
+    in_chans = image_config(model)['input_size'][0]
     for key in ('mean', 'std', 'crop_pct'):
         if (value := getattr(settings, key)) is not None:
             if isinstance(value, list) and len(value) not in (1, in_chans):
                 raise ValueError(f'expected --{key} of {in_chans} channels, got {len(value)} values')
-            model.pretrained_cfg[key] = value if key == 'crop_pct' else tuple(value * (in_chans // len(value)))
+            model.pretrained_cfg[key] = value if key == 'crop_pct' else per_channel(value, in_chans)
     return model
 
 
@@ -124,52 +151,58 @@ def load_model(name: str, any_vit: bool = False) -> APViT:
     Args:
         name: of one of them.
         any_vit: whether models of timm without adaptive patches will do.
-
-    Raises:
-        FileNotFoundError: there is no such folder.
-        ValueError: it is not an APViT or cannot be loaded.
     """
-    path = Path(name)
+    address = address_of(name)
+    if ':' not in address and not any_vit:  # before its weights are looked for
+        with torch.device('meta'):
+            create_model(Settings(model=address), None)
+    try:
+        return create_model(Settings(model=address), None, True, any_vit=any_vit)
+    except ValueError as error:
+        if HUB_NAME.fullmatch(name) and address.startswith('hf-hub:'):
+            raise ValueError(f'expected a folder or a name on the Hub, got {name!r}, no folder: {error}') from error
+        raise
+
+
+def address_of(name: str) -> str:
+    """What timm knows a model by whose name is that of a run, a folder, on the Hub, or registered."""
+    directory = folder_of(name)
+    if directory is not None:
+        return f'local-dir:{directory}'
+    if HUB_NAME.fullmatch(name):
+        return f'hf-hub:{name}'
+    if '/' in name and ':' not in name:
+        raise FileNotFoundError(f'expected the folder of a run or of a saved model, got {name!r}, which does not exist')
+    check_registered(name, '*apvit*')
+    return name
+
+
+def folder_of(name: str) -> Path | None:
+    """The folder of the saved model that a name stands for: that of a run's best; None: it is no folder's."""
+    local = name.startswith('local-dir:')
+    path = Path(name.removeprefix('local-dir:'))
     if (path / CONFIG_FILE).is_file():
         if not (path / BEST).is_dir():
             raise FileNotFoundError(f'expected a run with a saved model, got {name!r}, which has none yet')
-        source = f'local-dir:{path / BEST}'
-    elif (path / 'config.json').is_file():
-        source = f'local-dir:{path}'
-    elif path.exists() and not timm.is_model(name):
+        return path / BEST
+    if local and not path.is_dir():
+        raise FileNotFoundError(f'expected a folder with a model, got {name!r}')
+    if local or (path / 'config.json').is_file():
+        return path
+    if path.exists() and not timm.is_model(name):
         what = f'which holds neither {CONFIG_FILE} nor config.json' if path.is_dir() else 'a file'
         raise ValueError(f'expected the folder of a run or of a saved model, got {name!r}, {what}')
-    elif name.startswith('local-dir:') and not Path(name.partition(':')[2]).is_dir():
-        raise FileNotFoundError(f'expected a folder with a model, got {name!r}')
-    elif HUB_NAME.fullmatch(name):
-        try:
-            return create_model(Settings(model=f'hf-hub:{name}', pretrained=True), None, True, any_vit=any_vit)
-        except ValueError as error:
-            raise ValueError(f'expected a folder or a name on the Hub, got {name!r}, no folder: {error}') from error
-    elif '/' in name and ':' not in name:
-        raise FileNotFoundError(f'expected the folder of a run or of a saved model, got {name!r}, which does not exist')
-    else:
-        source = name
-        check_registered(name, 'apvit_*')
-        if ':' not in name and not any_vit:
-            _check_apvit(name)
-    return create_model(Settings(model=source, pretrained=True), None, True, any_vit=any_vit)
+    return None
 
 
 def load_weights(name: str, checkpoint: str) -> APViT:
-    """Create a registered model with the weights in a file, and as many classes as these have.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is not an APViT or cannot be loaded.
-    """
+    """Create a registered model with the weights in a file, and as many classes as these have."""
     if ':' in name:
         raise ValueError(f'expected a registered model with --checkpoint, got {name!r}, which has weights of its own')
     classes = classes_of_checkpoint(checkpoint)
     if classes == 0:
         raise ValueError(f'expected weights with a classifier, got {checkpoint}, which has none')
-    overlay = {} if classes is None else {'num_classes': classes}
-    return create_model(Settings(model=name, checkpoint=checkpoint), classes, weights=True, overlay=overlay)
+    return create_model(Settings(model=name, checkpoint=checkpoint), classes, weights=True, known_classes=classes)
 
 
 def check_registered(name: str, among: str) -> None:
@@ -177,24 +210,11 @@ def check_registered(name: str, among: str) -> None:
     architecture = name.partition('.')[0]
     if ':' not in name and not timm.is_model(architecture):
         near = ', '.join(get_close_matches(architecture, timm.list_models(among), n=4, cutoff=0))
-        raise ValueError(f'expected a registered model, such as {near}, got {name!r}')
-
-
-def _check_apvit(name: str) -> None:
-    """Raise ValueError unless a registered model is an APViT, before its weights are looked for."""
-    with torch.device('meta'):
-        model = timm.create_model(name)
-    if not isinstance(model, APViT):
-        raise ValueError(f'expected an APViT, got {name!r}, which is a {type(model).__name__}')
+        raise ValueError(f'expected a registered model, such as {near}, got {name!r}, which is no folder either')
 
 
 def classes_of_checkpoint(path: str) -> int | None:
-    """The number of classes of a checkpoint of a ViT or an APViT; 0: it has no classifier; None: it does not say.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is not readable.
-    """
+    """The number of classes of a checkpoint of a ViT or an APViT; 0: it has no classifier; None: it does not say."""
     if not Path(path).is_file():
         raise FileNotFoundError(f'expected a checkpoint file, got {path!r}, which is not a file')
     try:
@@ -209,6 +229,8 @@ def classes_of_checkpoint(path: str) -> int | None:
 
 def is_of_a_vit(path: str) -> bool:
     """Whether a checkpoint is of a model without a localiser; one that cannot be read is, as it is refused later."""
+    if not Path(path).is_file():
+        return True
     try:
         return not any(LOCALIZER in key for key in _shapes(path))
     except Exception:  # of any kind: there are many formats
@@ -216,21 +238,16 @@ def is_of_a_vit(path: str) -> bool:
 
 
 def _shapes(path: str) -> dict[str, tuple[int, ...]]:
-    """The shapes of the weights in a file, of which a .npz in JAX's layout tells its classifier's alone."""
+    """The shapes of the weights in a file, by keys as timm cleans them; of a .npz in JAX's layout the classifier's."""
     if path.endswith('.npz'):
         with np.load(path, allow_pickle=False) as arrays:
             return {key: arrays[key].shape for key in arrays.files if key.endswith(CLASSIFIER_ENDS)}
     if path.endswith('.safetensors'):
         with safe_open(path, framework='pt') as tensors:
-            return {key: tuple(tensors.get_slice(key).get_shape()) for key in tensors.keys()}  # noqa: SIM118  no dict
+            shapes = {key: tuple(tensors.get_slice(key).get_shape()) for key in tensors.keys()}  # noqa: SIM118  no dict
+        return dict(clean_state_dict(shapes))
     weights = load_state_dict(path)
     if nested := [key for key, value in weights.items() if isinstance(value, dict)]:
         names = ', '.join(repr(key) for key in nested)
         raise ValueError(f'its weights lie one level deeper, under {names}: save one of these as a file of its own')
     return {key: tuple(value.shape) for key, value in weights.items() if hasattr(value, 'shape')}
-
-
-def with_weights_of(settings: Settings, path: str) -> Settings:
-    """The settings of the same model on its full grid, with the weights in a file."""
-    kwargs = {name: value for name, value in settings.model_kwargs.items() if name != 'num_patches'}
-    return replace(settings, checkpoint=path, pretrained=False, num_patches=None, model_kwargs=kwargs)

@@ -4,13 +4,23 @@ from typing import Any
 
 import torch
 from timm.data import Mixup
-from timm.task import ClassificationTask
+from timm.task import ClassificationTask, MultiLabelClassificationTask
 from torch import Tensor, nn
 
-from timm_apvit.finetuning.batches import Splits
-from timm_apvit.finetuning.samples import SeededSamples
+from timm_apvit.finetuning.samples import Splits
 from timm_apvit.finetuning.settings import Settings
 from timm_apvit.learning.distillation import DistillationTask, DistillationWeights, Teacher
+
+
+class WeightedCrossEntropy(nn.CrossEntropyLoss):
+    """Cross entropy by class weights, whose mean is over the images, so that micro-batches add up to the batch."""
+
+    def __init__(self, weight: Tensor, smoothing: float) -> None:
+        super().__init__(weight, reduction='none', label_smoothing=smoothing)
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        """Logits ``(B, classes)`` and labels ``(B,)`` -> the loss."""
+        return super().forward(input, target).mean()
 
 
 def create_mixup(settings: Settings, num_classes: int) -> Any:
@@ -23,6 +33,7 @@ def create_mixup(settings: Settings, num_classes: int) -> Any:
         prob=settings.mixup_prob,
         label_smoothing=settings.smoothing,
         num_classes=num_classes,
+        **({'multi_label': True} if settings.multi_label else {}),
     )
 
 
@@ -34,14 +45,16 @@ def create_task(
     teacher: tuple[Teacher, DistillationWeights] | None = None,
 ) -> ClassificationTask:
     """Timm's task: the cross entropy of the labels, and the terms of a teacher if there is one."""
-    mixes = bool(settings.mixup or settings.cutmix)
     kwargs: dict[str, Any] = {'device': device, 'verbose': False}
     if settings.class_weights == 'balanced':
         counts = class_counts(splits)
-        weight = counts.sum() / (len(counts) * counts.clamp(min=1))
-        kwargs['criterion'] = nn.CrossEntropyLoss(weight, label_smoothing=0 if mixes else settings.smoothing)
+        weight = torch.where(counts > 0, counts.sum() / (len(counts) * counts.clamp(min=1)), 0)
+        kwargs['criterion'] = WeightedCrossEntropy(weight, settings.smoothing)
     else:
+        mixes = bool(settings.mixup or settings.cutmix)
         kwargs['criterion_kwargs'] = {'smoothing': settings.smoothing, 'soft_targets': mixes}
+    if splits.multi_label:
+        return MultiLabelClassificationTask(model, **kwargs)
     if teacher is None:
         return ClassificationTask(model, **kwargs)
     return DistillationTask(model, teacher[0].to(device), teacher[1], **kwargs)
@@ -51,7 +64,7 @@ def sample_weights(settings: Settings, splits: Splits) -> Tensor | None:
     """Weights of the training images by which all classes are drawn equally often; None: that is not wanted."""
     if not settings.balanced_sampling:
         return None
-    return (1 / class_counts(splits))[torch.tensor(_labels(splits))]
+    return (1 / class_counts(splits))[torch.tensor(splits.train.known_labels)]
 
 
 def check_labels(settings: Settings, splits: Splits) -> None:
@@ -61,14 +74,9 @@ def check_labels(settings: Settings, splits: Splits) -> None:
 
 
 def class_counts(splits: Splits) -> Tensor:
-    """How many training images each class has, ``(classes,)``."""
-    return torch.tensor(_labels(splits)).bincount(minlength=len(splits.label_names)).float()
-
-
-def _labels(splits: Splits) -> list[int]:
-    """The labels of the training images; ValueError if only reading all of them would tell."""
-    files = splits.train.dataset if isinstance(splits.train, SeededSamples) else None
-    labels: list[int] | None = getattr(files, 'labels', None)
+    """How many training images each class has, ``(classes,)``; ValueError if only reading all of them would tell."""
+    labels = splits.train.known_labels
     if labels is None:
-        raise ValueError('expected a folder of images with --class-weights or --balanced-sampling, got other data')
-    return labels
+        expected = 'images that have one label each, and say which'
+        raise ValueError(f'expected {expected}, with --class-weights or --balanced-sampling, got other data')
+    return torch.tensor(labels).bincount(minlength=len(splits.label_names)).float()

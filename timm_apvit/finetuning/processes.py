@@ -1,6 +1,5 @@
 """The devices and processes of a training, by accelerate."""
 
-import importlib.util
 import os
 from collections.abc import Callable
 from datetime import timedelta
@@ -9,7 +8,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from timm_apvit.failures import RefusedError, one_line, refusing
+from timm_apvit.failures import one_line, require
 from timm_apvit.finetuning.settings import Settings
 
 T = TypeVar('T')
@@ -23,51 +22,39 @@ def workers_of(settings: Settings) -> int:
 
 
 def create_accelerator(settings: Settings, directory: Path) -> Any:
-    """Accelerate's own, for the device, the precision and the processes of the settings.
-
-    Raises:
-        ValueError: there is no such device, or it does not compute in the data type.
-        ModuleNotFoundError: the tracker is not installed.
-    """
+    """Accelerate's own, for the device, the precision and the processes of the settings."""
     from accelerate import Accelerator, InitProcessGroupKwargs
     from accelerate.state import AcceleratorState
-    from accelerate.utils import LoggerType
+    from accelerate.utils import LoggerType, patch_environment
 
     device = settings.device or ('cuda' if torch.cuda.is_available() else 'cpu')
     several = int(os.environ.get('WORLD_SIZE', '1')) > 1
     if several and ':' in device:
         raise ValueError(f'expected --device cuda for several processes, each of which takes its own, got {device!r}')
-    check_device(device, settings.amp)
+    # Each of several processes has a GPU of its own, and is to touch no other.
+    check_device(f'cuda:{os.environ.get("LOCAL_RANK", "0")}' if several and device == 'cuda' else device, settings.amp)
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     known = [str(each.value) for each in LoggerType if each.value != 'all']
     if settings.log_with is not None:
         if settings.log_with not in known:
             raise ValueError(f'expected --log-with {", ".join(known)}, got {settings.log_with!r}')
-        if importlib.util.find_spec(settings.log_with) is None:
-            raise ModuleNotFoundError(
-                f'--log-with {settings.log_with} needs its package: pip install {settings.log_with}'
-            )
+        require(settings.log_with, f'--log-with {settings.log_with}', settings.log_with)
     # An earlier run of this process may have had another device or precision.
     AcceleratorState._reset_state(True)
-    if ':' in device:
-        os.environ['ACCELERATE_TORCH_DEVICE'] = device
-    return Accelerator(
-        cpu=device == 'cpu',
-        mixed_precision={None: 'no', 'bfloat16': 'bf16', 'float16': 'fp16'}[settings.amp],
-        gradient_accumulation_steps=settings.grad_accum,
-        log_with=settings.log_with,
-        project_dir=directory,
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(minutes=settings.timeout))],
-    )
+    with patch_environment(**({} if device in ('cpu', 'cuda') else {'ACCELERATE_TORCH_DEVICE': device})):
+        return Accelerator(
+            cpu=device == 'cpu',
+            mixed_precision={None: 'no', 'bfloat16': 'bf16', 'float16': 'fp16'}[settings.amp],
+            gradient_accumulation_steps=settings.grad_accum,
+            log_with=settings.log_with,
+            project_dir=directory,
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(minutes=settings.timeout))],
+        )
 
 
 def check_device(device: str, amp: str | None) -> str:
-    """The device, if it is there and computes in the data type.
-
-    Raises:
-        ValueError: it is not, or does not.
-    """
+    """The device, if it is there and computes in the data type."""
     try:
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as error:
@@ -77,21 +64,21 @@ def check_device(device: str, amp: str | None) -> str:
     return device
 
 
-def together(act: Callable[[], T]) -> T:
-    """Do something in every process, and fail in all if it fails in one.
-
-    Raises:
-        RefusedError: it failed.
-    """
+def in_all_processes(act: Callable[[], T]) -> T:
+    """Do something in every process, and fail in all if it fails in one."""
     from accelerate.utils import gather_object
 
-    result, problem = None, None
+    result, failure = None, None
     try:
-        with refusing():
-            result = act()
-    except RefusedError as error:
-        problem = str(error)
-    for number, found in enumerate(gather_object([problem])):
-        if found is not None:
-            raise RefusedError(found if number == 0 else f'process {number}: {found}')
-    return result  # type: ignore[return-value]
+        result = act()
+    except Exception as error:  # of any kind: the others wait for this one
+        failure = error
+    problems = gather_object([None if failure is None else one_line(failure)])
+    found = next(((number, text) for number, text in enumerate(problems) if text is not None), None)
+    if found is None:
+        return result  # type: ignore[return-value]
+    if int(os.environ.get('RANK', '0')):
+        raise SystemExit(2)
+    if failure is not None:
+        raise failure
+    raise ValueError(f'process {found[0]}: {found[1]}')

@@ -1,19 +1,14 @@
 """Settings of the fine-tuning command: one dataclass is its options, their help and the check of them and of files."""
 
-import argparse
-from dataclasses import MISSING, Field, dataclass, field, fields
+from dataclasses import Field, dataclass, field, fields
 from typing import Any
 
 from timm_apvit.finetuning.values import (
     Budget,
-    KeyValues,
-    Removed,
     boolean,
-    flag,
     mapping,
     number,
     one_of,
-    parse_key_value,
     parse_num_patches,
     parse_size,
     text,
@@ -37,13 +32,9 @@ REMOVED = {
     'tensorboard': '--log-with tensorboard writes the metrics for TensorBoard',
 }
 DATA_HELP = (
-    'folder with train/ and val/ (or validation/, test/), each with one folder of images per class, or the name of a '
-    'timm dataset: hfds/NAME, hfids/NAME, wds/, torch/NAME, tfds/NAME (a folder of such a name: ./wds); '
-    'default: real digits among clutter, which need no network'
-)
-CONFIG_HELP = (
-    'YAML or JSON with options by their names, such as batch_size: 64; those given here win; each run writes a '
-    f'{CONFIG_FILE} that repeats it (default: none)'
+    'folder with train/ and val/ (or validation/, test/), each with one folder of images per class, or with train.csv '
+    'and val.csv, which list paths of images and labels; or the name of a timm dataset: hfds/NAME, hfids/NAME, wds/, '
+    'torch/NAME, tfds/NAME (a folder of such a name: ./wds); default: real digits among clutter, without a network'
 )
 MODEL, TRAINING, RUNNING, MIXING = 'model', 'training', 'running', 'mixing and averaging'
 RATES, DISTILLATION, SPEED = 'what learns, and how fast', 'distillation', 'speed and memory'
@@ -105,16 +96,19 @@ class Settings:
     clip_grad: float = option(TRAINING, AT_LEAST_0,
         'largest norm of the gradient; 0: any (default: 1, usual for ViTs)', 1.0)
     warmup: float | None = option(TRAINING, AT_LEAST_0,
-        'epochs of rising learning rate (default: a tenth of all: fresh layers disturb less)', metavar='EPOCHS')
-    monitor: str = option(TRAINING, one_of('test_top1', 'test_loss'),
-        'what the best epoch is best in: test_top1 or test_loss (default: test_top1)', 'test_top1')
+        'epochs of rising learning rate (default: a tenth of all; from scratch a fifth: patches may fly to their bounds'
+        ' before the ViT can read them)', metavar='EPOCHS')
+    monitor: str | None = option(TRAINING, one_of('test_top1', 'test_map', 'test_loss'),
+        'what the best epoch is best in: test_top1, test_map or test_loss (default: the first; with --multi-label the '
+        'mean average precision)')
     patience: int | None = option(TRAINING, COUNT,
         'end the run after so many epochs without a better one (default: never)', resume=CHANGEABLE, metavar='EPOCHS')
     class_weights: str | None = option(TRAINING, one_of('balanced', 'equal'),
         'balanced: weigh the loss of a class by the inverse of its share of the images of a folder (default: equal)')
     balanced_sampling: bool = option(TRAINING, boolean,
         'draw the images of a folder so that all classes come equally often (default: no)', False)
-    seed: int = option(TRAINING, FROM_0, 'of all that is random (default: 0, so that a run can be repeated)', 0)
+    seed: int = option(TRAINING, number(int, 0, 2**63 - 1),
+        'of all that is random (default: 0, so that a run can be repeated)', 0)
     samples: int | None = option(TRAINING, COUNT, 'embedded images per epoch (default: 8000, a minute on a CPU)')
     test_samples: int | None = option(TRAINING, COUNT,
         'embedded test images (default: 1000: a standard error of 1.5 points)')
@@ -230,6 +224,9 @@ class Settings:
     class_map: str | None = option(DATASETS, text,
         "names of the classes, one a line, in order of their numbers; for folders too (default: the data's own)",
         metavar='FILE')
+    multi_label: bool = option(DATASETS, boolean,
+        'an image has any number of labels, which train.csv and val.csv of DATA list with | between them (default: one'
+        ' label)', False)
     image_key: str | None = option(DATASETS, text,
         "field of the image (default: timm's: image; for wds/ jpg;png;webp)", metavar='NAME')
     target_key: str | None = option(DATASETS, text,
@@ -275,34 +272,3 @@ SAVED = [name for name, each in FIELDS.items() if each.metadata['resume'] != RUN
 # Those that say what is read and how, without the augmentation; a test takes them too.
 OF_DATA = [name for name, each in FIELDS.items() if each.metadata['group'] in ('', DATASETS, IMAGES)]
 OF_AUGMENTATION = [name for name, each in FIELDS.items() if each.metadata['group'] == AUGMENTATION]
-
-
-def default_of(name: str) -> Any:
-    """The default of a setting."""
-    each = FIELDS[name]
-    return each.default_factory() if each.default_factory is not MISSING else each.default
-
-
-def add_settings(parser: argparse.ArgumentParser, names: list[str] | None = None) -> None:
-    """Add settings, or some of them, to a parser, which then returns only those that are given."""
-    parser.argument_default = argparse.SUPPRESS
-    groups: dict[str, Any] = {'': parser}
-    for name in FIELDS if names is None else names:
-        about = FIELDS[name].metadata
-        group, kind, given = about['group'], about['kind'], about['argparse']
-        if group not in groups:
-            groups[group] = parser.add_argument_group(group)
-        if name == 'data':
-            groups[group].add_argument('data', nargs='?', metavar='DATA', **given)
-        elif kind is boolean and name.startswith('no_'):
-            groups[group].add_argument(flag(name), action='store_true', **given)
-        elif kind is boolean:
-            groups[group].add_argument(flag(name), action=argparse.BooleanOptionalAction, **given)
-        elif kind is mapping:
-            groups[group].add_argument(flag(name), type=parse_key_value, action=KeyValues, nargs='+', **given)
-        else:
-            groups[group].add_argument(flag(name), type=kind, **given)
-    if names is None:
-        groups[RUNNING].add_argument('--config', metavar='FILE', help=CONFIG_HELP)
-        for name, instead in REMOVED.items():
-            parser.add_argument(flag(name), nargs='?', action=Removed, const=instead, help=argparse.SUPPRESS)

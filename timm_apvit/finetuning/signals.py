@@ -1,5 +1,6 @@
 """Signals that ask a training to end."""
 
+import os
 import signal
 import threading
 from types import TracebackType
@@ -7,11 +8,21 @@ from typing import Any
 
 
 class Interrupted(KeyboardInterrupt):
-    """A training ended by a signal, after it had saved a checkpoint."""
+    """Work that a signal ended.
 
-    def __init__(self, number: int) -> None:
-        super().__init__()
+    Args:
+        number: of the signal.
+        text: what is left, for people.
+    """
+
+    def __init__(self, number: int = signal.SIGINT, text: str = '') -> None:
+        super().__init__(text)
         self.number = number
+
+    @property
+    def status(self) -> int:
+        """Of the process when it ends, as shells have it."""
+        return 128 + self.number
 
 
 class StopSignals:
@@ -36,3 +47,5 @@ class StopSignals:
         if self.number and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.number = number
+        if os.environ.get('RANK', '0') == '0':
+            os.write(2, b'\nsaving a checkpoint; Ctrl-C again ends at once\n')  # a stream could be in use

@@ -1,32 +1,24 @@
 """Where images come from: folders, the datasets that timm reads, or embedded digits."""
 
-import importlib.util
 from pathlib import Path
 from typing import Any
 
 from timm.data import create_transform
 
-from timm_apvit.failures import one_line
-from timm_apvit.finetuning.batches import Splits
+from timm_apvit.failures import one_line, require
 from timm_apvit.finetuning.digits import load_embedded_digits
-from timm_apvit.finetuning.folders import find_folders, find_test_folder
-from timm_apvit.finetuning.samples import SeededSamples
-from timm_apvit.finetuning.settings import OF_AUGMENTATION, OF_DATA, Settings, default_of
-from timm_apvit.finetuning.streams import (
-    READERS,
-    STREAMS,
-    class_map,
-    create_timm_dataset,
-    label_names_of,
-    reader_of,
-    samples_of,
-)
+from timm_apvit.finetuning.image_files import ImageFiles, find_splits, find_test
+from timm_apvit.finetuning.samples import SeededSamples, Splits
+from timm_apvit.finetuning.settings import OF_AUGMENTATION, OF_DATA, Settings
+from timm_apvit.finetuning.streams import READERS, STREAMS, Stream, create_timm_dataset, own_label_names, reader_of
 from timm_apvit.finetuning.values import flag
+from timm_apvit.pictures.images import eight_bit
 
 FOLDER_NAMES = ('imagefolder', 'folder')
 # Names that timm has for some of ours.
 THEIRS = {'aa': 'auto_augment', 'reprob': 're_prob', 'train_interpolation': 'interpolation'}
 EMBEDDED_SAMPLES, EMBEDDED_TEST_SAMPLES = 8_000, 1_000
+IMAGES = {'mean', 'std'}  # options that embedded digits take too
 OF_STREAMS = {'train_samples', 'val_samples'}
 KEYS = {'image_key', 'target_key'}
 OF_TIMM_DATASETS = OF_STREAMS | KEYS | {'num_classes', 'download', 'train_split', 'val_split'}
@@ -52,10 +44,6 @@ def load_splits(
         workers: threads that look at the images of a folder.
         testing: whether to load the test images only, which are then both splits.
         label_names: of a test: those that the model was trained on, by which a folder of such names is numbered.
-
-    Raises:
-        ValueError, OSError: the data are not as they should be, or options contradict each other.
-        ModuleNotFoundError: a package that reads them is missing.
     """
     check_data(settings)
     if settings.data is None:
@@ -65,39 +53,42 @@ def load_splits(
     in_chans = data_config['input_size'][0]
     if in_chans not in (1, 3):
         raise ValueError(f'expected in_chans of 1 or 3 for image files, got {in_chans}')
-    transforms = create_transforms(settings, data_config)
+    transforms = create_transforms(settings, data_config)[testing:]
+    made: list[Any]
     if reader_of(settings.data) is None:
         numbers = class_map(settings)
-        if testing:
-            if numbers is None and label_names is not None:
-                numbers = {name: number for number, name in enumerate(label_names)}
-            found = [find_test_folder(_folder(settings), in_chans, numbers, workers)]
-        else:
-            found = list(find_folders(_folder(settings), in_chans, numbers, workers))
-        for files, transform in zip(found, transforms[1:] if testing else transforms, strict=True):
-            files.transform = transform
-        samples = [SeededSamples(files, settings.seed) for files in found]
-        return Splits(samples[0], samples[-1], tuple(found[0].class_to_idx))
-    datasets = [create_timm_dataset(settings, is_training) for is_training in ([False] if testing else [True, False])]
-    names = label_names_of(datasets[0], settings)
-    made = [
-        samples_of(dataset, transform, settings, in_chans, names)
-        for dataset, transform in zip(datasets, transforms[1:] if testing else transforms, strict=True)
-    ]
-    return Splits(made[0], made[-1], names)
+        if testing and numbers is None and label_names is not None:
+            numbers = {name: number for number, name in enumerate(label_names)}
+        find: Any = find_test if testing else find_splits
+        found = find(_folder(settings), in_chans, numbers, workers, settings.multi_label)
+        files: list[ImageFiles] = [found] if testing else list(found)
+        for each, transform in zip(files, transforms, strict=True):
+            each.transform = transform
+        made, names = [SeededSamples(each, settings.seed) for each in files], tuple(files[0].class_to_idx)
+        test_name = files[-1].source.stem
+    else:
+        test_name = settings.val_split
+        datasets = [create_timm_dataset(settings, training) for training in ([False] if testing else [True, False])]
+        names = _label_names(datasets[0], settings)
+        made = [
+            _samples(dataset, _Transform(in_chans, transform), settings, names)
+            for dataset, transform in zip(datasets, transforms, strict=True)
+        ]
+    return Splits(made[0], made[-1], names, settings.multi_label, test_name)
 
 
 def check_data(settings: Settings) -> None:
     """Raise ValueError if options of the data contradict each other, ModuleNotFoundError if their reader is missing."""
-    given = {name for name in [*OF_DATA, *OF_AUGMENTATION] if getattr(settings, name) != default_of(name)} - {'data'}
+    usual = Settings()
+    given = {name for name in [*OF_DATA, *OF_AUGMENTATION] if getattr(settings, name) != getattr(usual, name)}
     kind = None if settings.data is None else reader_of(settings.data)
     if settings.data is None:
-        needless, what = given - {'mean', 'std'}, 'embedded digits, made as they are'
+        needless, what = given - IMAGES, 'embedded digits, made as they are'
     elif kind is None:
         needless, what = given & (OF_TIMM_DATASETS | ({'data_dir'} if is_path(settings.data) else set())), 'a folder'
     else:
         of_others = (OF_STREAMS if kind not in STREAMS else set()) | (KEYS if kind == 'torch' else set())
-        needless, what = given & of_others, settings.data
+        needless, what = given & (of_others | {'multi_label'}), settings.data
     if needless:
         raise ValueError(f'expected DATA that {_flags(needless)} can be given for, got {what}')
     if settings.no_aug and (others := given & (set(OF_AUGMENTATION) - {'no_aug', 'train_interpolation'})):
@@ -107,24 +98,12 @@ def check_data(settings: Settings) -> None:
         if low > high:
             raise ValueError(f'expected --{name} MIN MAX with MIN <= MAX, got {low:g} {high:g}')
     if kind is not None:
-        module, package = READERS[kind]
-        if importlib.util.find_spec(module) is None:
-            raise ModuleNotFoundError(f'a {kind}/ dataset needs {module}: pip install {package}')
-
-
-def _flags(names: set[str]) -> str:
-    """Names of options as they are given."""
-    return ', '.join(sorted(map(flag, names)))
+        require(READERS[kind][0], f'a {kind}/ dataset', READERS[kind][1])
 
 
 def create_transforms(settings: Settings, data_config: dict[str, Any]) -> tuple[Any, Any]:
-    """Make timm's transforms for training and for the test.
-
-    Raises:
-        ValueError: timm does not take the augmentation.
-    """
-    config = {key: data_config[key] for key in ('input_size', 'interpolation', 'mean', 'std', 'crop_pct', 'crop_mode')}
-    config |= {key: getattr(settings, key) for key in ('mean', 'std', 'crop_pct') if getattr(settings, key) is not None}
+    """Make timm's transforms for training and for the test."""
+    config = transform_config(data_config)
     augmentation = {THEIRS.get(name, name): getattr(settings, name) for name in OF_AUGMENTATION}
     given = {name: value for name, value in augmentation.items() if value is not None and value is not False}
     if settings.color_jitter == 0:
@@ -142,11 +121,77 @@ def create_transforms(settings: Settings, data_config: dict[str, Any]) -> tuple[
     return made
 
 
+def transform_config(data_config: dict[str, Any]) -> dict[str, Any]:
+    """What timm's `create_transform` takes of a data configuration."""
+    keys = ('input_size', 'interpolation', 'mean', 'std', 'crop_pct', 'crop_mode')
+    return {key: data_config[key] for key in keys}
+
+
+def class_map(settings: Settings) -> dict[str, int] | None:
+    """Numbers of the classes that --class-map names."""
+    if settings.class_map is None:
+        return None
+    path = Path(settings.class_map)
+    if not path.is_file():
+        raise FileNotFoundError(f'expected a file of names of classes, got {str(path)!r}, which is not a file')
+    try:
+        lines = path.read_text(encoding='utf-8-sig').splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f'expected names of classes in UTF-8, got another encoding in {path}: {error}') from None
+    names = [line.strip() for line in lines if line.strip()]
+    if len(names) < 2 or len(set(names)) < len(names):
+        raise ValueError(f'expected 2 or more names of classes in {path}, a line each and all different, got {names}')
+    return {name: number for number, name in enumerate(names)}
+
+
+class _Transform:
+    """Convert an image to what a model takes, then transform it: an object that worker processes can be sent."""
+
+    def __init__(self, in_chans: int, transform: Any) -> None:
+        self.in_chans, self.transform = in_chans, transform
+
+    def __call__(self, image: Any) -> Any:
+        return self.transform(eight_bit(image, self.in_chans))
+
+
+def _samples(dataset: Any, transform: Any, settings: Settings, names: tuple[str, ...]) -> SeededSamples | Stream:
+    """Samples of a timm dataset, transformed and with checked labels."""
+    own_names = own_label_names(dataset)
+    if own_names and own_names != names:
+        if unknown := sorted(set(own_names) - set(names)):
+            raise ValueError(f'expected a --class-map of all classes of {settings.data}, got none of {unknown[0]!r}')
+        dataset.target_transform = [names.index(name) for name in own_names].__getitem__
+    if reader_of(str(settings.data)) in STREAMS:
+        return Stream(dataset, settings.seed, transform, len(names))
+    if not len(dataset):
+        raise ValueError(f'expected images, got none in {settings.data}')
+    dataset.transform = transform
+    return SeededSamples(dataset, settings.seed, len(names))
+
+
+def _label_names(dataset: Any, settings: Settings) -> tuple[str, ...]:
+    """Names of the classes: those of the map, or the dataset's own, or numbers."""
+    names = tuple(class_map(settings) or ()) or own_label_names(dataset)
+    if settings.num_classes is not None and names and len(names) != settings.num_classes:
+        raise ValueError(f'expected --num-classes {len(names)}, as the data have, or none, got {settings.num_classes}')
+    names = names or tuple(map(str, range(settings.num_classes or 0)))
+    if len(names) < 2:
+        raise ValueError(
+            f'expected data of 2 classes or more, got {settings.data}, which names {len(names)}: '
+            'give --num-classes or --class-map'
+        )
+    return names
+
+
 def _folder(settings: Settings) -> Path:
     """The folder that DATA or, for ``ImageFolder``, --data-dir names."""
-    data = str(settings.data)
-    if is_path(data):
-        return Path(data)
+    if is_path(str(settings.data)):
+        return Path(str(settings.data))
     if settings.data_dir is None:
-        raise ValueError(f'expected --data-dir with {data}, got none')
+        raise ValueError(f'expected --data-dir with {settings.data}, got none')
     return Path(settings.data_dir)
+
+
+def _flags(names: set[str]) -> str:
+    """Names of options as they are given."""
+    return ', '.join(sorted(map(flag, names)))

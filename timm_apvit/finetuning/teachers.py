@@ -1,6 +1,7 @@
 """Teachers by name: what a model can learn from another, checked before any work."""
 
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,9 @@ from timm.data import resolve_data_config
 from torch import nn
 
 from timm_apvit.failures import one_line
-from timm_apvit.finetuning.models import Start, check_registered, classes_of_checkpoint, create_model, with_weights_of
+from timm_apvit.finetuning.models import Start, check_registered, classes_of_checkpoint, create_model
 from timm_apvit.finetuning.settings import Settings
-from timm_apvit.learning.distillation import DistillationWeights, Teacher, check_attends, observed
+from timm_apvit.learning.distillation import DistillationWeights, Teacher, check_attends, outputs_of
 from timm_apvit.models.mixin import APViT
 
 SELF = 'self'
@@ -27,12 +28,10 @@ def create_teacher(
         settings: name the teacher.
         start: the student, with the weights that it starts from.
         data_config: of the images that the student takes.
-
-    Raises:
-        ValueError: the teacher cannot be made, or cannot teach what it is to teach.
     """
     if settings.teacher is None:
         return None
+    check_teacher(settings)
     model, knows_classes = _teacher_model(settings, start)
     if settings.attention_weight > 0:
         check_attends(model)
@@ -44,25 +43,32 @@ def create_teacher(
         # A model that is not made like a ViT may fail in any way.
         except Exception as error:
             raise ValueError(f'cannot take {settings.teacher} for a teacher: {one_line(error)}') from error
-        learned = observed(deepcopy(start.model).eval(), image)
+        learned = outputs_of(deepcopy(start.model).eval(), image)
     knows_classes &= taught.logits.shape == learned.logits.shape
     return teacher, _weights(settings, knows_classes, taught.features.shape, learned.features.shape)
+
+
+def check_teacher(settings: Settings) -> None:
+    """Raise ValueError, before any work, for a teacher of a name that nobody knows, or ``self`` without weights."""
+    name, trained = settings.teacher, settings.checkpoint is not None or settings.pretrained
+    if name == SELF and not trained:
+        raise ValueError('expected --pretrained or --checkpoint with --teacher self, got an untrained model')
+    if name not in (None, SELF) and not Path(str(name)).is_file():
+        check_registered(str(name), 'vit_*_patch16_224')
 
 
 def _teacher_model(settings: Settings, start: Start) -> tuple[nn.Module, bool]:
     """The teacher, and whether its classifier was trained."""
     name = str(settings.teacher)
     if name == SELF:
-        if settings.checkpoint is None and not settings.pretrained:
-            raise ValueError('expected --pretrained or --checkpoint with --teacher self, got an untrained model')
         model = deepcopy(start.model)
         model.set_num_patches(None)
         return model, start.knows_classes
     if Path(name).is_file():
         known = classes_of_checkpoint(name) or 0
-        same = with_weights_of(settings, name)
-        return create_model(same, known, weights=True, overlay={'num_classes': known}), known > 0
-    check_registered(name, 'vit_*_patch16_224')
+        kwargs = {key: value for key, value in settings.model_kwargs.items() if key != 'num_patches'}
+        full_grid = replace(settings, checkpoint=name, pretrained=False, num_patches=None, model_kwargs=kwargs)
+        return create_model(full_grid, known, weights=True, known_classes=known), known > 0
     try:
         return timm.create_model(name, pretrained=True), True
     # Weights that are out of reach or damaged fail in many ways.
@@ -72,13 +78,8 @@ def _teacher_model(settings: Settings, start: Start) -> tuple[nn.Module, bool]:
 
 def _fit_images(model: nn.Module, name: str, data_config: dict[str, Any]) -> Teacher:
     """Make the student's images those that a teacher takes."""
-    if isinstance(model, APViT):
-        own, size = data_config, None
-        if name != SELF:
-            own = resolve_data_config({}, model=model)
-    else:
-        own = resolve_data_config({}, model=model)
-        size = (own['input_size'][1], own['input_size'][2])
+    own = data_config if name == SELF else resolve_data_config({}, model=model)
+    size = None if isinstance(model, APViT) else (own['input_size'][1], own['input_size'][2])
     channels = data_config['input_size'][0]
     if own['input_size'][0] != channels:
         raise ValueError(f'expected a teacher of images with {channels} channels, got {name} of {own["input_size"][0]}')

@@ -72,14 +72,9 @@ def parse_budget(value: Any) -> int | tuple[int, int]:
 
 def parse_num_patches(value: Any) -> tuple[Budget, ...]:
     """Parse one budget, or several between commas, such as ``16,49,7x14``; or a layout as a JSON mapping."""
-    if isinstance(value, str) and value.lstrip().startswith('{'):
+    if isinstance(value, dict) or (isinstance(value, str) and value.lstrip().startswith('{')):
         try:
-            value = json.loads(value)
-        except ValueError as error:
-            raise argparse.ArgumentTypeError(f'expected a layout such as {EXAMPLE}, got {value!r}: {error}') from None
-    if isinstance(value, dict):
-        try:
-            return (check_num_patches(value),)
+            return (check_num_patches(json.loads(value) if isinstance(value, str) else value),)
         except ValueError as error:
             raise argparse.ArgumentTypeError(f'expected a layout such as {EXAMPLE}, got {value!r}: {error}') from None
     each = value if isinstance(value, list | tuple) else [part.strip() for part in str(value).split(',')]
@@ -132,22 +127,6 @@ def mapping(value: Any) -> dict[str, Any]:
         return tuple(map(tuples, item)) if isinstance(item, list | tuple) else item
 
     return {name: tuples(item) for name, item in value.items()}
-
-
-class KeyValues(argparse.Action):
-    """Collect key=value pairs into one dictionary."""
-
-    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
-        """Add the pairs to those of earlier uses of the option."""
-        setattr(namespace, self.dest, {**getattr(namespace, self.dest, {}), **dict(values)})
-
-
-class Removed(argparse.Action):
-    """An option of earlier versions: refused with what stands in its place, its ``const``."""
-
-    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
-        """Refuse it."""
-        parser.error(f'{option_string} was removed: {self.const}')
 
 
 def flag(name: str) -> str:

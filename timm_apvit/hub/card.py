@@ -9,7 +9,7 @@ import timm
 from huggingface_hub import EvalResult, ModelCardData
 
 from timm_apvit.models.mixin import APViT
-from timm_apvit.results import check_results, results_table
+from timm_apvit.results import METRICS, check_results, results_table
 
 TAGS = ('timm', 'apvit')
 PICTURE = 'patches.png'
@@ -123,7 +123,7 @@ def _metrics(row: Mapping[str, Any], details: CardDetails) -> list[EvalResult]:
             metric_value=round(float(row[key]), 5),
             metric_args={'num_patches': row['num_patches']},
         )
-        for key, title in (('top1', 'top-1'), ('top5', 'top-5'))
+        for key, title in (*METRICS.items(), ('top5', 'top-5'))
         if key in row
     ]
 

@@ -1,6 +1,7 @@
 """Names of classes: what users have at hand for them, as the list that config.json holds."""
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -16,7 +17,7 @@ def checked_label_names(label_names: LabelNames, num_classes: int) -> list[str]:
         num_classes: that there are to be names of.
 
     Raises:
-        ValueError: not one string for each class, or without an order.
+        ValueError: not one string for each class, one twice, or without an order.
     """
     if isinstance(label_names, str | bytes | set | frozenset):
         raise ValueError(f'expected label_names as a list of strings, or by number, got {label_names!r}')
@@ -35,6 +36,8 @@ def checked_label_names(label_names: LabelNames, num_classes: int) -> list[str]:
         raise ValueError(f'expected label_names that are strings, got {_listed(others)}')
     if len(names) != num_classes:
         raise ValueError(f'expected names of {num_classes} classes, got {len(names)}: {_listed(names)}')
+    if twice := [name for name, number in Counter(names).items() if number > 1]:
+        raise ValueError(f'expected label_names that all differ, got {_listed(twice)} more than once')
     return [str(name) for name in names]  # numpy's strings too
 
 

@@ -37,36 +37,23 @@ class DistillationWeights(NamedTuple):
     attention: float = 0.0
 
 
-class TeacherOutputs(NamedTuple):
-    """Outputs of a teacher for a batch.
+class Outputs(NamedTuple):
+    """Outputs of a model for a batch.
 
     Attributes:
         logits: ``(B, classes)``.
         features: ``(B, D)``, pooled, as the classifier takes them.
-        attention: share of each cell of ``grid``, ``(B, gh * gw)``; None: not asked for.
-        grid: ``(gh, gw)``.
+        geometry: of its patches; None: they are fixed, or it is a teacher.
+        attention: of its last block to each patch, ``(B, N)``, without gradient, or of a teacher to each cell of
+            ``grid``, ``(B, gh * gw)``; None: not asked for.
+        grid: ``(gh, gw)`` of a teacher's attention.
     """
 
     logits: Tensor
     features: Tensor
-    attention: Tensor | None
-    grid: tuple[int, int]
-
-
-class StudentOutputs(NamedTuple):
-    """Outputs of the model that learns for a batch.
-
-    Attributes:
-        logits: ``(B, classes)``.
-        features: ``(B, D)``, pooled, as the classifier takes them.
-        geometry: of the student's patches; None: they are fixed.
-        attention: of its last block to each patch, ``(B, N)``, without gradient; None: not asked for.
-    """
-
-    logits: Tensor
-    features: Tensor
-    geometry: PatchGeometry | None
+    geometry: PatchGeometry | None = None
     attention: Tensor | None = None
+    grid: tuple[int, int] = (0, 0)
 
 
 class Teacher(nn.Module):
@@ -96,24 +83,22 @@ class Teacher(nn.Module):
             self.register_buffer(name, torch.tensor(values).view(-1, 1, 1), persistent=False)
 
     @torch.no_grad()
-    def forward(self, images: Tensor, attention: bool) -> TeacherOutputs:
+    def forward(self, images: Tensor, attention: bool) -> Outputs:
         """Teach a batch ``(B, C, H, W)``, with the attention if that is asked for."""
         images = images * self.scale + self.shift
         if self.input_size is not None and images.shape[-2:] != self.input_size:
             images = F.interpolate(images, self.input_size, mode='bilinear', antialias=True, align_corners=False)
-        outputs = observed(self.model, images, attention=attention)
-        if outputs.attention is None:
-            return TeacherOutputs(outputs.logits, outputs.features, None, (0, 0))
-        grid: tuple[int, int] = self.model.patch_embed.dynamic_feat_size(images.shape[-2:])  # type: ignore[operator, union-attr]
+        outputs = outputs_of(self.model, images, attention=attention)
         received = outputs.attention
+        if received is None:
+            return outputs._replace(geometry=None)
+        grid: tuple[int, int] = self.model.patch_embed.dynamic_feat_size(images.shape[-2:])  # type: ignore[operator, union-attr]
         if outputs.geometry is not None:
             received = attention_on_grid(outputs.geometry, received, grid)
-        return TeacherOutputs(outputs.logits, outputs.features, received, grid)
+        return Outputs(outputs.logits, outputs.features, None, received, grid)
 
 
-def observed(
-    model: nn.Module, images: Tensor, network: nn.Module | None = None, attention: bool = False
-) -> StudentOutputs:
+def outputs_of(model: nn.Module, images: Tensor, network: nn.Module | None = None, attention: bool = False) -> Outputs:
     """Run a model once, and also return what its classifier took and where its patches lay.
 
     Args:
@@ -135,7 +120,7 @@ def observed(
     with torch.no_grad():
         received = patch_attention(model, layer, attended[-1][0]) if attention else None
     geometry = seen[-1][1].geometry if seen else None
-    return StudentOutputs(logits, classified[0][0], geometry, received)
+    return Outputs(logits, classified[0][0], geometry, received)
 
 
 def check_attends(model: nn.Module) -> None:
@@ -212,7 +197,7 @@ class DistillationTask(ClassificationTask):  # type: ignore[misc]
         """Images ``(B, C, H, W)`` and labels ``(B,)`` -> ``loss``, ``output`` (logits), and each term by its name."""
         model, weights = unwrap_model(self.trainable_module), self.weights
         taught = self.teacher(input, weights.attention > 0 and isinstance(model, APViT))
-        outputs = observed(model, input, self.trainable_module)
+        outputs = outputs_of(model, input, self.trainable_module)
         label_loss = self.criterion(outputs.logits.float(), target)
         terms = {'label_loss': label_loss, **distillation_losses(outputs, taught, weights)}
         factors = {'label_loss': 1 - weights.logits, 'logit_loss': weights.logits}
@@ -221,9 +206,7 @@ class DistillationTask(ClassificationTask):  # type: ignore[misc]
         return {'loss': loss, 'output': outputs.logits, **terms}
 
 
-def distillation_losses(
-    outputs: StudentOutputs, taught: TeacherOutputs, weights: DistillationWeights
-) -> dict[str, Tensor]:
+def distillation_losses(outputs: Outputs, taught: Outputs, weights: DistillationWeights) -> dict[str, Tensor]:
     """The terms of the loss that have a weight: ``logit_loss``, ``token_loss``, ``attention_loss``."""
     terms = {}
     if weights.logits > 0:

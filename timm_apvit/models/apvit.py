@@ -27,6 +27,7 @@ import timm_apvit.models.glance  # noqa: F401  registers it
 from timm_apvit.models.checkpoint import checkpoint_filter_fn, source_repository
 from timm_apvit.models.mixin import APViT
 from timm_apvit.models.vits import ADAPTIVE_CLASSES
+from timm_apvit.patching.coords import check_counts
 
 MODULES = (vision_transformer, deit, eva)
 # Names of their own, beside those that follow from the ViT's.
@@ -109,6 +110,8 @@ def _build(
     vit_class: type, variant: str, pretrained: bool, *, name: str, pretrained_filter_fn: Any, **kwargs: Any
 ) -> Any:
     """What timm's entrypoints call in place of ``build_model_with_cfg``: the same, of our class, name and filter."""
+    if kwargs.get('img_size') is not None:
+        kwargs['img_size'] = check_counts('img_size', 'h, w', kwargs['img_size'])
     model = build_model_with_cfg(
         ADAPTIVE_CLASSES[vit_class],
         name,

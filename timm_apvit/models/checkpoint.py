@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn.functional import pad
 
 from timm_apvit.patching.layers import convert_channels
+from timm_apvit.patching.transforms import TRANSFORMS
 
 StateDict = dict[str, Any]
 
@@ -97,6 +98,14 @@ def _hint(missing: set[str], unexpected: set[str]) -> str:
     """What the keys that do not fit say of the model that they are of."""
     if any('.focus.' in key for key in unexpected):
         return "; the checkpoint is of a model with max_focus, in whose place localizer='glance' is now"
+    if any(key.endswith('.ls1.gamma') for key in unexpected):
+        return '; the checkpoint has LayerScale: take the twin of its ViT by name, or init_values=1e-5'
+    if 'reg_token' in unexpected:
+        return '; the checkpoint has registers: take the twin of its ViT by name, or reg_tokens'
+    if fields := {key.split('.')[-2] for key in unexpected if key.startswith(f'{EMBED}{LOCALIZER}fields.')}:
+        known = [name for name, family in TRANSFORMS.items() if fields <= set(family.fields)]
+        named = f' such as transform={" or ".join(map(repr, known))}' if known else ''
+        return f'; the checkpoint is of a larger transform{named}, and its {", ".join(sorted(fields))} is not zero'
     if any(key.startswith(EMBED + LOCALIZER) for key in missing | unexpected):
         return '; if it is whole, it is of a model with another localizer, other options of it, or a larger transform'
     return ''

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -227,6 +228,7 @@ def split_adaptive(arguments: dict[str, Any]) -> tuple[dict[str, Any], dict[str,
 
     Raises:
         ValueError: a ``max_focus``, which earlier versions had, that is not 1.
+        TypeError: a name that is nearly that of an adaptive argument.
     """
     if arguments.get('max_focus', 1) != 1:
         raise ValueError(
@@ -237,7 +239,11 @@ def split_adaptive(arguments: dict[str, Any]) -> tuple[dict[str, Any], dict[str,
     known = ADAPTIVE_ARGS | TRANSFORMS.named(transform).own_bounds.keys()
     left_out = known | other_bounds(transform) | {'max_focus'}
     adaptive = {name: value for name, value in arguments.items() if name in known}
-    return adaptive, {name: value for name, value in arguments.items() if name not in left_out}
+    others = {name: value for name, value in arguments.items() if name not in left_out}
+    for name in others:
+        if near := get_close_matches(name, known, n=1, cutoff=0.8):
+            raise TypeError(f'expected arguments of an APViT, got {name!r}: did you mean {near[0]}?')
+    return adaptive, others
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from timm.layers import PatchEmbed
@@ -159,6 +160,8 @@ class AdaptivePatchEmbed(PatchEmbed):  # type: ignore[misc]
         """Embed the patches of a batch of images ``(B, C, H, W)``."""
         if isinstance(x, PatchTokens):
             return x
+        if isinstance(x, np.ndarray) or not hasattr(x, 'shape'):
+            raise TypeError(f'expected images as a tensor (B, C, H, W), got {type(x).__name__}')
         shape = x.shape
         base_grid, layout = self.anchor_layout((shape[-2], shape[-1]))
         patches, geometry = self.patching(self.on_canvas(x), layout)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from timm_apvit.patching.anchors import Anchors
 from timm_apvit.patching.parts import Parts
+from timm_apvit.patching.transforms import TRANSFORMS
 
 
 class Look(NamedTuple):
@@ -83,10 +84,18 @@ class Localizer(nn.Module, ABC):
         """Adapt a whole checkpoint of a localiser of this class, whose keys have a prefix, to this one, in place.
 
         Here what has other options is repaired: renamed, widened, of other channels. What is left as it is, loading
-        compares strictly. Where layers by field name are in ``fields``, those that a smaller family lacks become zeros.
+        compares strictly. Where layers by field name are in ``fields``, those that a smaller family lacks become zeros,
+        and those that only a larger one has are left out if they are zero.
         """
+        own = self.state_dict(prefix=prefix)
         predicted = {key.rpartition('.')[0] for key in state_dict if key.startswith(f'{prefix}fields.')}
-        for name, value in self.state_dict(prefix=prefix).items():
+        larger = {f'{prefix}fields.{field}' for family in TRANSFORMS.values() for field in family.fields}
+        for field in (predicted & larger) - {name.rpartition('.')[0] for name in own}:
+            keys = [key for key in state_dict if key.startswith(f'{field}.')]
+            if not any(bool(state_dict[key].any()) for key in keys):
+                for key in keys:
+                    del state_dict[key]
+        for name, value in own.items():
             field = name.rpartition('.')[0]
             # Every family predicts the shift: a checkpoint without it is not of a smaller family, but broken.
             if field.startswith(f'{prefix}fields.') and field not in predicted and not field.endswith('.shift'):

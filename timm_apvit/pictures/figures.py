@@ -1,6 +1,7 @@
 """Figures: panels laid out in rows, with their titles and the scales that they share."""
 
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from timm_apvit.pictures.views import PatchView
@@ -84,6 +85,20 @@ def load_drawing() -> Any:
             raise
         raise ModuleNotFoundError("pictures need matplotlib: pip install 'timm-apvit[pictures]'") from None
     return drawing
+
+
+def check_picture(option: str, path: str, endings: Sequence[str] = (), also: Sequence[str] = ()) -> None:
+    """Raise ValueError unless a picture can be written into a file of this ending; which are all that matplotlib knows.
+
+    Raises:
+        ModuleNotFoundError: matplotlib is not installed.
+    """
+    load_drawing()
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    endings = [*also, *(endings or sorted(FigureCanvasBase.get_supported_filetypes()))]
+    if Path(path).suffix[1:].lower() not in endings:
+        raise ValueError(f'expected {option} to end in .{", .".join(endings)}, got {path!r}')
 
 
 def draw_figure(rows: list[list[Cell]], scales: Scales | None = None) -> 'Figure':

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 # Longer side of what is made of an image file: no screen shows more, and a photograph of 100 megapixels takes minutes.
 LONGEST = 1024
+ELONGATED = 64
+ORIENTATION = 0x0112  # key of EXIF
 WITH_ALPHA = ('RGBA', 'LA', 'PA', 'La', 'RGBa')
 DEEP = ('I;16', 'I;16B', 'I;16L', 'I;16N', 'I', 'F')
 
@@ -85,13 +87,19 @@ def read_image(source: 'AnyImage', in_chans: int = 3, longest: int | None = None
 def eight_bit(image: 'Image', in_chans: int) -> 'Image':
     """An image of Pillow in 8 bits a channel, of mode L or RGB, with the pixels that `read_image` sees.
 
-    So what a model is trained and tested on is what is drawn: upright, on white, and of deep ones the same contrast.
+    So what a model is trained and tested on is what is drawn: upright, on white, and of deep ones the same contrast. Of
+    one that is more than 64 times as long as wide it is the middle: resized, the whole of it would fill the memory.
     """
     from PIL import Image, ImageOps
 
-    image = ImageOps.exif_transpose(image)
+    if image.getexif().get(ORIENTATION, 1) != 1:
+        image = ImageOps.exif_transpose(image)
     if image.mode in DEEP:
         image = Image.fromarray((255 * np.asarray(_deep(image))).round().astype(np.uint8))
+    longest = ELONGATED * min(image.size)
+    if max(image.size) > longest:
+        left, top = (max(0, (length - longest) // 2) for length in image.size)
+        image = image.crop((left, top, min(image.width, left + longest), min(image.height, top + longest)))
     return _on_white(image).convert('L' if in_chans == 1 else 'RGB')
 
 

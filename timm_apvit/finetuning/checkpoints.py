@@ -4,14 +4,12 @@ A version is written completely under a temporary name, flushed to disk and rena
 ``best`` are swapped, each atomically. Whoever follows a link always finds a whole version.
 """
 
-import csv
-import io
 import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +17,12 @@ import torch
 from filelock import FileLock, Timeout
 
 from timm_apvit.failures import one_line
-from timm_apvit.files import flush, write_atomically
+from timm_apvit.files import flush, write_atomically, write_csv
 from timm_apvit.finetuning.settings import CONFIG_FILE
 
 VERSIONS = 'checkpoints'
 LAST, BEST = 'last', 'best'
+TWIN = 'twin'  # folder of the fixed grid's training, in that of the run
 STATE_FILE = 'training.pt'
 LOCK_FILE = '.lock'
 SNAPSHOT = re.compile(r'epoch-\d+')
@@ -54,9 +53,6 @@ class CheckpointStore:
             state: what resumes the training: tensors, numbers, strings and containers of them.
             best: the version that becomes ``best``, this one or an earlier one; None: none yet.
             export: writes further files of the version into the directory it is given.
-
-        Raises:
-            OSError: it cannot be written; what was saved before is as it was.
         """
         self.versions.mkdir(exist_ok=True)
         unfinished = self.versions / f'.{name}.unfinished'
@@ -73,7 +69,7 @@ class CheckpointStore:
                 _remove(unfinished)
             raise OSError(
                 f'cannot write the checkpoint {name} into {self.directory}, where {free:.0f} MiB are free: '
-                f'{one_line(error)}; the checkpoint before it is whole'
+                f'{one_line(error)}' + '; the checkpoint before it is whole' * (self.directory / LAST).is_symlink()
             ) from error
         # An interrupted save may have left a version that no link names.
         _remove(self.versions / name)
@@ -94,11 +90,7 @@ class CheckpointStore:
                 _remove(path / STATE_FILE if self.keeps_snapshots and SNAPSHOT.fullmatch(path.name) else path)
 
     def load(self) -> dict[str, Any] | None:
-        """Load the state of the last version; None: nothing was saved yet.
-
-        Raises:
-            ValueError: the state is not readable.
-        """
+        """Load the state of the last version; None: nothing was saved yet."""
         last = self.directory / LAST
         if not last.is_symlink():
             if last.exists():
@@ -135,34 +127,19 @@ def snapshots(directory: Path) -> dict[str, Path]:
     return {path.parent.name: path.parent for path in found}
 
 
-@contextmanager
-def locked(directory: Path) -> Iterator[None]:
-    """Keep other processes from training in a directory; the end of this process, however it comes, frees it.
-
-    Raises:
-        BlockingIOError: another process trains in it.
-    """
-    lock = FileLock(directory / LOCK_FILE)
+def lock(directory: Path) -> Any:
+    """Keep other processes from training in a directory until what is returned is left as a context, or we end."""
     try:
-        lock.acquire(timeout=0)
+        return FileLock(directory / LOCK_FILE).acquire(timeout=0)
     except Timeout:
         message = (
             f'expected the folder of a run that no process trains in, got {str(directory)!r}: wait or end the other'
         )
         raise BlockingIOError(message) from None
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def create_run(directory: Path, config: str) -> None:
-    """Make the directory of a run, which must not exist or be empty, and write the run's configuration file.
-
-    Raises:
-        FileExistsError: it exists and holds something.
-        OSError: it cannot be made, or the file system has no links.
-    """
+    """Make the directory of a run, which must not exist or be empty, and write the run's configuration file."""
     check_vacant(directory)
     directory.mkdir(parents=True, exist_ok=True)
     probe = directory / '.link.unfinished'
@@ -178,11 +155,8 @@ def create_run(directory: Path, config: str) -> None:
 def write_metrics(directory: Path, rows: list[dict[str, float]]) -> None:
     """Write the metrics of all epochs so far, in place of what there is: ``metrics.jsonl`` and ``metrics.csv``."""
     write_atomically(directory / JSON_LOG, ''.join(json.dumps(row) + '\n' for row in rows))
-    table = io.StringIO(newline='')
-    writer = csv.DictWriter(table, list(dict.fromkeys(name for row in rows for name in row)), lineterminator='\n')
-    writer.writeheader()
-    writer.writerows(rows)
-    write_atomically(directory / CSV_LOG, table.getvalue())
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    write_csv(directory / CSV_LOG, [names, *([row.get(name, '') for name in names] for row in rows)])
 
 
 def check_vacant(directory: Path) -> None:
