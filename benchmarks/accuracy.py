@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from contestants import CONTESTANTS, VARIANTS, create_contestant, crop_side, square
 from cost import multiply_adds
+from curves import draw_curves
 from environment import counted, machine, versions
 from fashion import TASKS, load_task
 from finding import finding
@@ -280,28 +281,6 @@ def report(folder: Path, task: str) -> None:
 
 def _shown(speed: dict[str, float], batch: str) -> str:
     return f'{speed[batch]:.0f}' if speed else 'not measured'
-
-
-def draw_curves(groups: dict[tuple[int, str, str], list[dict[str, Any]]], path: Path, together: bool) -> None:
-    """Accuracy against images seen, the mean over the seeds: a panel for each number of patches, or one for all."""
-    from matplotlib.figure import Figure
-
-    budgets = [None] if together else sorted({key[0] for key in groups})
-    figure = Figure(figsize=(6.5 if together else 4 * len(budgets), 3.6), layout='constrained')
-    panels = figure.subplots(1, len(budgets), sharey=True, squeeze=False)[0]
-    for panel, budget in zip(panels, budgets, strict=True):
-        for key, runs in groups.items():
-            if budget in (None, key[0]):
-                mean = [statistics.mean(values) for values in zip(*(each['curve'] for each in runs), strict=True)]
-                thousands = [seen / 1000 for seen in runs[0]['images_seen']]
-                label = ' '.join(filter(None, key[1:]))
-                cost = runs[0]['multiply_adds'] / 1e9
-                panel.plot(thousands, mean, label=f'{label} {key[0]}: {cost:.1f} G' if together else label)
-        panel.set(title='' if together else f'{budget} patches', xlabel='thousands of images seen')
-        beside = {'title': 'patches: multiply-adds', 'loc': 'center left', 'bbox_to_anchor': (1, 0.5)}
-        panel.legend(fontsize=7, **(beside if together else {}))
-    panels[0].set_ylabel('top-1 on the test set')
-    figure.savefig(path, dpi=90)
 
 
 if __name__ == '__main__':

@@ -150,22 +150,17 @@ def _write(model: APViT, path: Path, format: str, size: tuple[int, int], opset: 
     elif format == 'aoti':
         torch._inductor.aoti_compile_and_package(program, package_path=str(path))
     else:
-        torch.onnx.export(
+        onnx: Any = torch.onnx.export(
             program,
-            f=path,
             dynamo=True,
             opset_version=opset,
             input_names=['image'],
             output_names=[_output(model)],
             dynamic_shapes=free,  # for its name
-            external_data=False,
             verbose=False,
         )
-        import onnx
-
-        written = onnx.load(path)
-        onnx.helper.set_model_props(written, {key: json.dumps(value) for key, value in facts.items()})
-        onnx.save(written, path)
+        onnx.model.metadata_props.update({key: json.dumps(value) for key, value in facts.items()})
+        onnx.save(path, external_data=False)
 
 
 def image_facts(model: APViT, size: tuple[int, int]) -> dict[str, Any]:

@@ -36,20 +36,21 @@ def write(folder: Path, split: str, number: int, several: bool) -> None:
     (folder / f'{split}.csv').write_text('\n'.join(lines), encoding='utf-8-sig')
 
 
+def written(folder: Path, several: bool, **numbers: int) -> Path:
+    """A folder with so many images of each split."""
+    for split, number in numbers.items():
+        write(folder, split, number, several)
+    return folder
+
+
 @pytest.fixture(scope='module')
 def single(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp('single')
-    for split, number in (('train', 12), ('val', 6)):
-        write(folder, split, number, several=False)
-    return folder
+    return written(tmp_path_factory.mktemp('single'), False, train=12, val=6)
 
 
 @pytest.fixture(scope='module')
 def several(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp('several')
-    for split, number in (('train', 64), ('val', 24)):
-        write(folder, split, number, several=True)
-    return folder
+    return written(tmp_path_factory.mktemp('several'), True, train=64, val=24)
 
 
 def test_a_csv_says_which_image_is_of_which_class(single: Path, several: Path) -> None:

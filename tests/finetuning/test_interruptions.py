@@ -147,6 +147,20 @@ def test_a_run_goes_on_when_the_run_that_it_began_with_has_gone(
     assert len(read_metrics(tmp_path / 'run')) == 2
 
 
+def test_a_glance_is_said_to_be_fitted_first_only_where_it_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    vit = timm.create_model('test_vit', img_size=32, depth=1, num_classes=10)
+    save_file(vit.state_dict(), tmp_path / 'vit.safetensors')
+    options = ['--checkpoint', str(tmp_path / 'vit.safetensors'), '--glance-epochs', '1', '--epochs', '1']
+    assert run(tmp_path / 'run', *options) == 0
+    assert 'a glance of the first 1 blocks finds, fitted first for 1 epochs' in capsys.readouterr().out
+    assert main(['finetune', '--resume', str(tmp_path / 'run'), '--epochs', '2']) == 0
+    said = capsys.readouterr().out
+    assert 'a glance of the first 1 blocks finds (--localizer cnn' in said
+    assert 'fitted first' not in said
+
+
 def test_two_processes_do_not_train_in_one_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(tmp_path / 'run', '--epochs', '1') == 0
     before = (tmp_path / 'run/metrics.jsonl').read_text()

@@ -17,13 +17,13 @@ from timm_apvit import __version__
 from timm_apvit.cli.options import BATCH_SIZE, add_settings, add_shared, load
 from timm_apvit.files import check_writable, write_atomically, write_csv
 from timm_apvit.finetuning.baseline import resizing, source_size
-from timm_apvit.finetuning.config import resumed_settings
+from timm_apvit.finetuning.config import settings_of_run
 from timm_apvit.finetuning.evaluation import autocast, evaluate, images_per_second, multiply_adds
 from timm_apvit.finetuning.image_files import check_is_folder, shown
 from timm_apvit.finetuning.models import MODEL_HELP, address_of, folder_of, with_images
 from timm_apvit.finetuning.preparation import check_budgets
 from timm_apvit.finetuning.samples import Splits
-from timm_apvit.finetuning.settings import CONFIG_FILE, DATA_HELP, OF_DATA, Settings
+from timm_apvit.finetuning.settings import DATA_HELP, OF_DATA, Settings
 from timm_apvit.finetuning.sources import is_path, load_splits
 from timm_apvit.finetuning.values import Budget, count, format_budget, parse_num_patches
 from timm_apvit.models.mixin import APViT
@@ -109,22 +109,18 @@ def measure_all(given: dict[str, Any], entries: Sequence[Evaluated], counted: bo
 
 def load_evaluated(given: dict[str, Any], other: str | None = None) -> Evaluated:
     """Check the options and load the model, or another one for the same data, and the data."""
-    run, name = Path(given['model']), other or given['model']
-    is_run = (run / CONFIG_FILE).is_file()
+    name = other or given['model']
     address_of(name)  # which says what is wrong with it before anything is loaded
-    data = given.get('data')
-    if not is_run and data is None:
+    run, data = settings_of_run(given['model']), given.get('data')
+    if run is None and data is None:
         raise ValueError(f"expected DATA, or a run's folder, which knows its own, got {given['model']!r} alone")
     if data is not None and is_path(data):
         check_is_folder(Path(data))
     options = given if other is None else {**given, 'model': name, 'checkpoint': None}
-    model = load({key: value for key, value in options.items() if key != 'num_patches'}, any_vit=True)
-    settings = resumed_settings(run, {}) if is_run else Settings()
-    source = settings if given.get('data') is None else Settings()
+    model = load(options, any_vit=True)
+    source = run if run is not None and data is None else Settings()
     source = replace(source, **{name: given[name] for name in ('data', *OF_DATA) if name in given})
-    data_config = image_config(
-        with_images(model, source if other is None else replace(source, mean=None, std=None, crop_pct=None))
-    )
+    data_config = image_config(with_images(model, source) if other is None else model)  # another has its own
     model, size = with_size(model, name, given.get('img_size'))
     if size is not None:
         data_config['input_size'] = (data_config['input_size'][0], *((size, size) if isinstance(size, int) else size))
@@ -136,7 +132,7 @@ def load_evaluated(given: dict[str, Any], other: str | None = None) -> Evaluated
             raise ValueError(f'expected finite weights, got others in {key} of {name!r}')
     if isinstance(model, APViT):
         own_budget = model.patch_embed.requested or model.num_patches
-        of_run = settings.num_patches if other is None else None
+        of_run = run.num_patches if run is not None and other is None else None
         budgets = given.get('num_patches') or of_run or (own_budget,)
         check_budgets(budgets, data_config['input_size'][1] * data_config['input_size'][2])
     elif other is None and 'num_patches' in given:

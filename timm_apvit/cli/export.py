@@ -42,6 +42,8 @@ def prepare(given: dict[str, Any]) -> Callable[[], None]:
     checked_format(given['output'], format, settings.get('opset', OPSET))
     check_writable(given['output'], settings.get('overwrite', False))
     model = load({**given, 'device': 'cpu'})
+    if 'num_patches' in given:
+        model.set_num_patches(given['num_patches'])
 
     def work() -> None:
         try:

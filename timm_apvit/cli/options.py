@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from timm_apvit.finetuning.models import MODEL_HELP, load_model, load_weights
-from timm_apvit.finetuning.processes import check_device
+from timm_apvit.finetuning.processes import check_device, default_device
 from timm_apvit.finetuning.settings import CONFIG_FILE, FIELDS, REMOVED, RUNNING
 from timm_apvit.finetuning.values import boolean, flag, mapping, number, parse_budget, parse_key_value
 
@@ -37,14 +37,12 @@ def add_model(parser: Any) -> None:
 
 
 def load(given: dict[str, Any], any_vit: bool = False) -> Any:
-    """The model that options name, in eval mode on its device, with the number of patches that is asked for."""
-    device = check_device(given.get('device') or ('cuda' if torch.cuda.is_available() else 'cpu'), given.get('amp'))
+    """The model that options name, in eval mode on its device."""
+    device = check_device(given.get('device') or default_device(), given.get('amp'))
     if given.get('threads') is not None:
         torch.set_num_threads(given['threads'])
     name, file = given['model'], given.get('checkpoint')
     model = load_model(name, any_vit) if file is None else load_weights(name, file)
-    if 'num_patches' in given:
-        model.set_num_patches(given['num_patches'])
     return model.to(device).eval()
 
 

@@ -15,9 +15,8 @@ from torch import Tensor
 from timm_apvit.cli.options import BATCH_SIZE, add_model, add_shared, load
 from timm_apvit.failures import FailedError
 from timm_apvit.files import check_writable, write_csv
-from timm_apvit.finetuning.config import resumed_settings
+from timm_apvit.finetuning.config import settings_of_run
 from timm_apvit.finetuning.image_files import images_below
-from timm_apvit.finetuning.settings import CONFIG_FILE
 from timm_apvit.finetuning.sources import transform_config
 from timm_apvit.finetuning.values import number
 from timm_apvit.pictures.images import eight_bit, image_config, opened
@@ -49,13 +48,11 @@ def prepare(given: dict[str, Any]) -> Callable[[], None]:
     if not paths:
         raise ValueError(f'expected images in {", ".join(given["paths"])}, got none')
     model = load(given)
+    if 'num_patches' in given:
+        model.set_num_patches(given['num_patches'])
     if model.num_classes == 0:
         raise ValueError(f'expected a model with a classifier, got {given["model"]!r}, which has none')
-    best, activation = min(given.get('top_k', 1), model.num_classes), torch.sigmoid
-    run = Path(given['model'])
-    several = (run / CONFIG_FILE).is_file() and resumed_settings(run, {}).multi_label
-    if not given.get('multi_label', several):
-        activation = partial(torch.softmax, dim=1)
+    best, activation = min(given.get('top_k', 1), model.num_classes), activation_of(given)
     titles = ['image', *(f'{what}{n}' for n in range(1, best + 1) for what in ('class', 'probability'))]
     titles += ['x', 'y', 'half_extent']
 
@@ -73,6 +70,13 @@ def prepare(given: dict[str, Any]) -> Callable[[], None]:
             raise FailedError(left_out[0] + more)
 
     return work
+
+
+def activation_of(given: dict[str, Any]) -> Callable[[Tensor], Tensor]:
+    """What makes probabilities of logits ``(B, classes)``: as the options say, or else as the run was trained."""
+    run = settings_of_run(given['model'])
+    several = given.get('multi_label', run is not None and run.multi_label)
+    return torch.sigmoid if several else partial(torch.softmax, dim=1)
 
 
 @torch.inference_mode()

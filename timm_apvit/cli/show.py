@@ -84,7 +84,7 @@ def prepare(given: dict[str, Any]) -> Callable[[], None]:
             raise ValueError(
                 f'expected several numbers of patches to animate, or a run with --snapshots, got {budgets[0]}'
             )
-    model = load({key: given[key] for key in ('model', 'device') if key in given})
+    model = load(given)
     images = read_images(model, paths, given.get('img_size'))
     style: dict[str, Any] = {key: given[key] for key in ('panels', 'color_by') if key in given}
     style['titles'] = [Path(path).name for path in paths]

@@ -101,6 +101,11 @@ def resumed_settings(directory: Path, given: dict[str, Any]) -> Settings:
     return Settings(**{**own, **{name: given[name] for name in free}})
 
 
+def settings_of_run(name: str) -> Settings | None:
+    """Settings of the run that a model's name stands for; None: it is none."""
+    return resumed_settings(Path(name), {}) if (Path(name) / CONFIG_FILE).is_file() else None
+
+
 def _agree(saved: Any, given: Any) -> bool:
     """Whether a given option is the saved one; of arguments of the model, those that are given."""
     saved, given = json.loads(json.dumps([saved, given]))

@@ -199,7 +199,7 @@ def find_splits(
     test = _read(test_source, in_chans, train.class_to_idx, multi_label)
     if lacking := sorted(set(train.class_to_idx) - test.held, key=natural_key):
         _logger.warning('%s has no images of %s, which are not tested.', test_source, shown(lacking))
-    check_images([path for path, _ in [*train.samples, *test.samples]], workers)
+    _check_images([path for path, _ in [*train.samples, *test.samples]], workers)
     return train, test
 
 
@@ -215,7 +215,7 @@ def find_test(
     if class_to_idx is None and train_source is not None and test_source is not None:
         class_to_idx = _read(train_source, in_chans, None, multi_label).class_to_idx
     test = _read(test_source or folder, in_chans, class_to_idx, multi_label)
-    check_images([path for path, _ in test.samples], workers)
+    _check_images([path for path, _ in test.samples], workers)
     return test
 
 
@@ -272,7 +272,7 @@ def _check_classes(files: ImageFiles, all_of_them: bool) -> None:
         raise ValueError(f'expected images in every folder in {str(files.source)!r}, got none in {", ".join(empty)}')
 
 
-def check_images(paths: Sequence[str], workers: int) -> None:
+def _check_images(paths: Sequence[str], workers: int) -> None:
     """Raise ValueError that names files that do not begin like an image; what is cut off shows when it is read."""
 
     def problem(path: str) -> str:

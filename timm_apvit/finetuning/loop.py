@@ -73,7 +73,7 @@ class Training:
     ) -> None:
         self.accelerator, self.splits, self.settings, self.store, self.name = accelerator, splits, settings, store, name
         self.split = BatchSplit(accelerator.process_index, accelerator.num_processes, settings.grad_accum)
-        self.updates_per_epoch = updates_per_epoch(splits.train, settings.batch_size)  # of an epoch
+        self.updates_per_epoch = updates_per_epoch(splits.train, settings.batch_size)
         self.weights = sample_weights(settings, splits)
         self.warned = False
         state = store.load() or {'rows': [], 'update': 0, 'partial': {'sums': {}, 'seconds': 0.0}}

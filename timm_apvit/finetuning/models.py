@@ -28,6 +28,8 @@ HUB_NAME = re.compile(r'\w[\w.-]*/[\w.-]+')
 CLASSIFIER_ENDS = ('head.bias', 'head/bias')
 PROJECTION = 'patch_embed.proj.weight'
 
+Shapes = dict[str, tuple[int, ...]]
+
 
 class Start(NamedTuple):
     """A model before its training.
@@ -53,9 +55,11 @@ def start_model(settings: Settings, num_classes: int, weights: bool = True) -> S
         source = f'; --pretrained takes the weights of {settings.model}' if ':' in str(settings.model) else ''
         notes: tuple[str, ...] = (f'the model starts untrained{source}',) if settings.data is not None or source else ()
         return Start(create_model(settings, num_classes), False, notes)
-    known = None if settings.checkpoint is None else classes_of_checkpoint(settings.checkpoint)
+    file = settings.checkpoint
+    shapes = None if file is None else shapes_of_checkpoint(file)
+    known = None if file is None or shapes is None else _classes_in(shapes, file)
     model = create_model(settings, num_classes, weights=True, known_classes=known)
-    notes = _notes_on_weights(model, settings)
+    notes = () if shapes is None else _notes_on_weights(model, settings, shapes)
     if known is None:
         known = int(model.pretrained_cfg.get('num_classes') or 0)
     if known == num_classes:
@@ -65,12 +69,10 @@ def start_model(settings: Settings, num_classes: int, weights: bool = True) -> S
     return Start(model, False, (anew, *notes))
 
 
-def _notes_on_weights(model: APViT, settings: Settings) -> tuple[str, ...]:
+def _notes_on_weights(model: APViT, settings: Settings, shapes: Shapes) -> tuple[str, ...]:
     """What the model takes for granted of the weights in a file, which do not say it."""
     notes: list[str] = []
-    if settings.checkpoint is None:
-        return ()
-    held, own = _shapes(str(settings.checkpoint)).get(PROJECTION, ())[2:], tuple(model.patch_embed.patch_size)
+    held, own = shapes.get(PROJECTION, ())[2:], tuple(model.patch_embed.patch_size)
     if len(held) == 2 and held != own:
         sizes = [f'{h} x {w}' for h, w in (held, own)]
         notes.append(f'the weights are of patches of {sizes[0]} pixels, resampled to {sizes[1]}: is it their model?')
@@ -215,13 +217,27 @@ def check_registered(name: str, among: str) -> None:
 
 def classes_of_checkpoint(path: str) -> int | None:
     """The number of classes of a checkpoint of a ViT or an APViT; 0: it has no classifier; None: it does not say."""
+    return _classes_in(shapes_of_checkpoint(path), path)
+
+
+def check_checkpoint(path: str) -> None:
+    """Raise FileNotFoundError unless a checkpoint is a file."""
     if not Path(path).is_file():
         raise FileNotFoundError(f'expected a checkpoint file, got {path!r}, which is not a file')
+
+
+def shapes_of_checkpoint(path: str) -> Shapes:
+    """The shapes of the weights in a file; ValueError if it is not readable."""
+    check_checkpoint(path)
     try:
-        shapes = _shapes(path)
+        return _shapes(path)
     # Damaged files fail in as many ways as there are formats.
     except Exception as error:
         raise ValueError(f'expected a checkpoint, got an unreadable {path}: {one_line(error)}') from error
+
+
+def _classes_in(shapes: Shapes, path: str) -> int | None:
+    """See `classes_of_checkpoint`."""
     if not any(key.startswith('blocks.') for key in shapes) and not path.endswith('.npz'):
         return None  # of a layout that timm converts
     return next((shape[0] for key, shape in shapes.items() if key.endswith(CLASSIFIER_ENDS)), 0)
@@ -229,15 +245,13 @@ def classes_of_checkpoint(path: str) -> int | None:
 
 def is_of_a_vit(path: str) -> bool:
     """Whether a checkpoint is of a model without a localiser; one that cannot be read is, as it is refused later."""
-    if not Path(path).is_file():
-        return True
     try:
         return not any(LOCALIZER in key for key in _shapes(path))
     except Exception:  # of any kind: there are many formats
         return True
 
 
-def _shapes(path: str) -> dict[str, tuple[int, ...]]:
+def _shapes(path: str) -> Shapes:
     """The shapes of the weights in a file, by keys as timm cleans them; of a .npz in JAX's layout the classifier's."""
     if path.endswith('.npz'):
         with np.load(path, allow_pickle=False) as arrays:

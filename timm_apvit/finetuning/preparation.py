@@ -12,7 +12,7 @@ from timm.optim import list_optimizers
 
 from timm_apvit.finetuning.checkpoints import check_vacant
 from timm_apvit.finetuning.config import resumed_settings, with_config
-from timm_apvit.finetuning.models import folder_of, is_of_a_vit
+from timm_apvit.finetuning.models import check_checkpoint, folder_of, is_of_a_vit
 from timm_apvit.finetuning.report import display_name
 from timm_apvit.finetuning.samples import BatchSplit
 from timm_apvit.finetuning.settings import FIELDS, Settings
@@ -41,8 +41,8 @@ TEACHING = ('distill_weight', 'distill_temperature', 'token_weight', 'attention_
 def resolve_settings(given: dict[str, Any]) -> tuple[Settings, Path]:
     """The settings of a run, and its folder, from the options that were given; with ``resume`` those it has."""
     given = _with_absolute_paths(with_config(given))
-    if given.get('checkpoint') is not None and not Path(given['checkpoint']).is_file():
-        raise FileNotFoundError(f'expected a checkpoint file, got {given["checkpoint"]!r}, which is not a file')
+    if given.get('checkpoint') is not None:
+        check_checkpoint(given['checkpoint'])
     if given.get('resume') is not None:
         if given.get('output') is not None:
             raise ValueError('expected --output or --resume, got both')

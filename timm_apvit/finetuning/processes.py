@@ -27,7 +27,7 @@ def create_accelerator(settings: Settings, directory: Path) -> Any:
     from accelerate.state import AcceleratorState
     from accelerate.utils import LoggerType, patch_environment
 
-    device = settings.device or ('cuda' if torch.cuda.is_available() else 'cpu')
+    device = settings.device or default_device()
     several = int(os.environ.get('WORLD_SIZE', '1')) > 1
     if several and ':' in device:
         raise ValueError(f'expected --device cuda for several processes, each of which takes its own, got {device!r}')
@@ -51,6 +51,11 @@ def create_accelerator(settings: Settings, directory: Path) -> Any:
             project_dir=directory,
             kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(minutes=settings.timeout))],
         )
+
+
+def default_device() -> str:
+    """A GPU if there is one."""
+    return 'cuda' if torch.cuda.is_available() else 'cpu'
 
 
 def check_device(device: str, amp: str | None) -> str:

@@ -1,6 +1,6 @@
 """What a run reports: a line an epoch, a summary with its table, and a picture of where the patches look."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +31,9 @@ def display_name(model: str) -> str:
     return parts[-1] if source and parts else model
 
 
-def metric_in(row: Row) -> str:
-    """What an epoch was tested by: a key of `METRICS`."""
-    return next(metric for metric in METRICS if f'test_{metric}' in row)
+def metric_in(row: Mapping[str, Any], prefix: str = 'test_') -> str:
+    """What an epoch, or with no prefix a model, was tested by: a key of `METRICS`."""
+    return next(metric for metric in METRICS if prefix + metric in row)
 
 
 def best_row(rows: list[Row], monitor: str | None) -> Row:
@@ -110,7 +110,7 @@ def summarise(rows: list[Row], budgets: Sequence[Budget], monitor: str | None) -
 
 def table(summary: dict[str, dict[str, Any]]) -> str:
     """Accuracy, tokens and time of each contestant, a line for each of its budgets."""
-    metric = next(key for key in METRICS if all(key in row for row in summary.values()))
+    metric = metric_in(next(iter(summary.values())), '')
     rows = [
         [
             name,

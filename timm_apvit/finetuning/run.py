@@ -120,7 +120,8 @@ def load_run(settings: Settings, directory: Path, accelerator: Any) -> Run:
     if settings.batch_size > len(splits.train):
         notes += (f'a batch is all of the {len(splits.train)} training images, fewer than --batch-size',)
     if glances(model):
-        notes += (glance_note(model, settings.glance_epochs if needs_glance_fit(model, settings) else 0),)
+        fits = states[0] is None and needs_glance_fit(model, settings)
+        notes += (glance_note(model, settings.glance_epochs if fits else 0),)
     return Run(settings, directory, accelerator, splits, data_config, model, baseline, teacher, notes)
 
 
@@ -166,7 +167,8 @@ def train_all(run: Run) -> None:
     name = display_name(str(settings.model))
     budgets = sorted(settings.num_patches or (run.model.num_patches,), key=count)
     if is_main:
-        write_atomically(run.directory / CONFIG_FILE, config_text(settings))  # with what --resume changed
+        if settings.resume is not None:
+            write_atomically(run.directory / CONFIG_FILE, config_text(settings))  # with what may change
         patches = ', '.join(map(format_budget, budgets))
         data = f'{len(splits.train)} training images an epoch, {len(splits.test)} images of {splits.test_name}'
         say(f'{name}: {patches} patches, {data}, {len(splits.label_names)} classes -> {run.directory}', *run.notes)
