@@ -238,3 +238,54 @@ def load_scenes(scene: Scene, seed: int, images: int, crop: int | None = None) -
     train = Photographed(scene, 'train', images, seed, crop)
     test = Photographed(scene, 'test', scene.test_images, TEST_SEED, crop)
     return Splits(train, test, train.names)
+
+
+class Populated(Photographed):
+    """Several things on a photograph: ``samples[index]`` -> ``(3, H, W)``, and what is where as a `Places`.
+
+    Classes are the categories, of things of which each was seen in training; 0 is the background.
+    """
+
+    def __getitem__(self, index: int) -> tuple[Tensor, 'Places']:  # type: ignore[override]
+        key = (self.epoch % self.scene.period, index)
+        if key not in self.populated:
+            self.populated[key] = self._populate(index)
+        canvas, places = self.populated[key]
+        return (torch.from_numpy(canvas).permute(2, 0, 1).float() / 255 - self.mean) / self.std, places
+
+    def __init__(self, scene: Scene, split: str, length: int, seed: int, things: tuple[int, int] = (2, 6)) -> None:
+        super().__init__(scene, split, length, seed)
+        self.number_of_things = things
+        self.populated: dict[tuple[int, int], tuple[np.ndarray, Places]] = {}
+
+    def _populate(self, index: int) -> tuple[np.ndarray, 'Places']:
+        """Things one over the other; one of which less than a third is to be seen is not among them."""
+        rng = np.random.default_rng((self.seed, self.epoch % self.scene.period, index))
+        canvas, pasted = self._background(rng), []
+        owner = Image.new('L', canvas.size)
+        for order in range(1, 1 + int(rng.integers(self.number_of_things[0], self.number_of_things[1] + 1))):
+            number = int(rng.integers(len(self.things)))
+            thing = self._resized(self.things[number], rng)
+            x, y, _, _ = self._paste(canvas, thing, rng)
+            opaque = thing.getchannel('a').point(lambda alpha: 255 * (alpha > 127))
+            owner.paste(order, (x, y), opaque)
+            pasted.append((order, self.classes[number] // THINGS_EACH + 1, np.count_nonzero(opaque)))
+        owners = np.asarray(owner)
+        mask, boxes, labels = np.zeros(owners.shape, np.uint8), [], []
+        for order, label, opaque in pasted:
+            rows, columns = np.nonzero(owners == order)
+            mask[rows, columns] = label
+            if 3 * len(rows) >= opaque:
+                boxes.append([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1])
+                labels.append(label)
+        return np.array(canvas), Places(
+            torch.from_numpy(mask), torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4), torch.tensor(labels)
+        )
+
+
+class Places(NamedTuple):
+    """What is where on an image: classes of its pixels ``(H, W)``, and boxes ``(n, 4)`` in pixels with labels."""
+
+    mask: Tensor
+    boxes: Tensor
+    labels: Tensor

@@ -1,11 +1,16 @@
 """Dense maps: tokens put back where they looked."""
 
+import itertools
+import math
+
 import pytest
+import skimage.data
 import timm
 import torch
+import torch.nn.functional as F
 from conftest import move_patches, vit_and_apvit
 
-from timm_apvit.models.dense import dense_map, splat_weights
+from timm_apvit.models.dense import dense_map, overlaps, splat_weights
 from timm_apvit.patching.anchors import Rows
 from timm_apvit.patching.geometry import place_inside
 
@@ -39,55 +44,143 @@ def test_half_the_grid_is_nearest_upsampling_and_twice_the_grid_is_averaging():
     torch.testing.assert_close(up, expected, rtol=0, atol=1e-5)
     tokens = torch.randn(1, 16, 3)
     down = dense_map(tokens, splat_weights(grid_geometry((4, 4)), (2, 2)), (2, 2))
-    expected = torch.nn.functional.avg_pool2d(tokens.transpose(1, 2).reshape(1, 3, 4, 4), 2)
+    expected = F.avg_pool2d(tokens.transpose(1, 2).reshape(1, 3, 4, 4), 2)
     torch.testing.assert_close(down, expected, rtol=0, atol=1e-5)
 
 
+def shares(geometry, grid):
+    """What each patch is of each cell: maps ``(B, N, h, w)`` of tokens that are a patch's own number."""
+    batch, num = geometry.centres.shape[:2]
+    return dense_map(torch.eye(num).expand(batch, -1, -1), splat_weights(geometry, grid), grid)
+
+
+def turned(centres, extents, angles=None):
+    """Patches of square images, ``(N, 2)`` and ``(N, 2)``."""
+    centres, extents = torch.tensor([centres]), torch.tensor([extents])
+    zero = torch.zeros(centres.shape[:2])
+    return place_inside(centres, extents, zero if angles is None else torch.tensor([angles]), zero, (64, 64))
+
+
+@pytest.fixture(params=['pairs', 'all'])
+def listing(request, monkeypatch):
+    """Pairs of a patch and a cell, as they are found, and all of them, as under a compiler."""
+    monkeypatch.setattr(torch.compiler, 'is_compiling', lambda: request.param == 'all')
+
+
 @pytest.mark.parametrize('grid', [(1, 1), (5, 9), (14, 14)])
-def test_constant_tokens_give_a_constant_map_and_every_cell_a_value(grid):
-    weights = splat_weights(random_geometry(), grid)
-    assert weights.shape == (2, grid[0] * grid[1], 9)
-    assert (weights >= 0).all()
-    maps = dense_map(torch.full((2, 9, 3), 5.0), weights, grid)
+def test_constant_tokens_give_a_constant_map_and_every_cell_a_value(grid, listing):
+    assert (shares(random_geometry(), grid) >= 0).all()
+    maps = dense_map(torch.full((2, 9, 3), 5.0), splat_weights(random_geometry(), grid), grid)
     torch.testing.assert_close(maps, torch.full_like(maps, 5.0), rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize(('rotation', 'tolerance'), [(0.0, 0.02), (1.0, 0.2)])
-def test_weights_are_shares_of_overlap_against_painting(rotation, tolerance):
+def test_weights_are_overlap_times_density_against_painting(rotation, tolerance, listing):
     """Paint patches on a fine raster: the mean coverage of a cell is its share (near it, where a patch is turned)."""
     geometry, grid, fine = random_geometry(1, 6, rotation), (3, 4), 100
     centres = Rows(grid[0] * fine * grid[1] * fine, grid[0] * fine).anchors(CPU).centres
     offset = centres[:, None] - geometry.centres[0]
     local = torch.linalg.solve(geometry.image_from_patch[0], offset[..., None])[..., 0]
     painted = (local.abs() <= 1).all(dim=-1).float().reshape(grid[0], fine, grid[1], fine, 6).mean(dim=(1, 3))
-    painted = painted.reshape(-1, 6)
+    painted = painted.reshape(-1, 6) / torch.linalg.det(geometry.image_from_patch[0])
     covered = painted.sum(dim=-1) > 0.1
     expected = painted[covered] / painted[covered].sum(dim=-1, keepdim=True)
     assert covered.sum() >= 4
-    share = splat_weights(geometry, grid)[0, covered]
+    share = shares(geometry, grid)[0].flatten(1).T[covered]
     assert (share - expected).abs().sum(dim=-1).mean() <= tolerance
 
 
-def test_uncovered_cells_take_the_nearest_patch():
-    geometry = place_inside(
-        torch.tensor([[[-0.8, -0.8], [0.8, 0.8]]]),
-        torch.full((1, 2, 2), 0.1),
-        torch.zeros(1, 2),
-        torch.zeros(1, 2),
-        (64, 64),
-    )
-    weights = splat_weights(geometry, (8, 8))[0].reshape(8, 8, 2)
-    assert weights[2, 2].argmax() == 0
-    assert weights[5, 5].argmax() == 1
+def test_pairs_are_all_that_touch_and_cost_what_they_touch(monkeypatch):
+    for rotation, grid in itertools.product((0.0, 1.0), [(1, 1), (3, 2), (12, 20), (40, 60)]):
+        geometry = random_geometry(3, 20, rotation)
+        found = splat_weights(geometry, grid)
+        maps = shares(geometry, grid)
+        with monkeypatch.context() as patched:
+            patched.setattr(torch.compiler, 'is_compiling', lambda: True)
+            torch.testing.assert_close(shares(geometry, grid), maps, rtol=0, atol=1e-5)
+            torch.testing.assert_close(splat_weights(geometry, grid).coverage, found.coverage, rtol=0, atol=1e-5)
+    moved, extents = grid_geometry((28, 28)).centres + 0.01, torch.full((1, 784, 2), 1 / 28)
+    zero = torch.zeros(1, 784)
+    assert len(splat_weights(place_inside(moved, extents, zero, zero, (64, 64)), (28, 28)).patch) <= 4 * 784
 
 
-def test_rotated_patches_land_where_their_outline_is():
-    angle = torch.full((1, 1), torch.pi / 4)
-    long = place_inside(torch.zeros(1, 1, 2), torch.tensor([[[0.6, 0.05]]]), angle, torch.zeros(1, 1), (64, 64))
-    broad = place_inside(torch.zeros(1, 1, 2), torch.ones(1, 1, 2), torch.zeros(1, 1), torch.zeros(1, 1), (64, 64))
-    both = type(long)(*(torch.cat(pair, dim=1) for pair in zip(long[:5], broad[:5], strict=True)))
-    share = splat_weights(both, (9, 9))[0, :, 0].reshape(9, 9)
-    assert share.diagonal()[2:7].min() > 0.1  # clockwise on the screen: from the top left to the bottom right
+def test_gradients_of_maps(listing):
+    centres = torch.rand(2, 5, 2, dtype=torch.float64) - 0.5
+    extents, angles = torch.rand(2, 5, 2, dtype=torch.float64) * 0.3 + 0.1, torch.rand(2, 5, dtype=torch.float64)
+    tokens = torch.rand(2, 5, 3, dtype=torch.float64)
+    free = [each.requires_grad_() for each in (centres, extents, angles, tokens)]
+
+    def maps(centres, extents, angles, tokens):
+        geometry = place_inside(centres, extents, angles, torch.zeros_like(angles), (64, 64))
+        return dense_map(tokens, splat_weights(geometry, (4, 5)), (4, 5))
+
+    assert torch.autograd.gradcheck(maps, free, eps=1e-7, atol=1e-4)
+
+
+def test_a_small_patch_is_not_lost_in_a_large_one_around_it(listing):
+    geometry = turned([[0.0, 0.0], [0.25, 0.25]], [[1.0, 1.0], [0.25, 0.25]])
+    share = shares(geometry, (8, 8))[0, 1]
+    torch.testing.assert_close(share[4:6, 4:6], torch.full((2, 2), 16 / 17))
+    assert share.sum() == pytest.approx(4 * 16 / 17)
+
+
+def picture_error(geometry, grid, density):
+    """Of a map whose tokens are the mean colour of what patches see, against the photograph, where they see any."""
+    picture = torch.from_numpy(skimage.data.astronaut()).permute(2, 0, 1)[None].float() / 255
+    steps = (2 * torch.arange(32) + 1) / 32 - 1
+    points = geometry.points(torch.stack(torch.meshgrid(steps, steps, indexing='xy'), dim=-1).flatten(0, 1))
+    tokens = F.grid_sample(picture, points, align_corners=False, padding_mode='border').mean(dim=-1).transpose(1, 2)
+    if not density:  # as if all were of one size, and overlap alone counted
+        pairs = overlaps(geometry, grid)
+        total = torch.zeros(grid[0] * grid[1]).index_add(0, pairs.cell, pairs.share)
+        laid = torch.zeros(grid[0] * grid[1], 3).index_add(0, pairs.cell, tokens[0][pairs.patch] * pairs.share[:, None])
+        maps = (laid / total[:, None].clamp(min=1e-9)).T.reshape(1, 3, *grid)
+    else:
+        maps = dense_map(tokens, splat_weights(geometry, grid), grid)
+    seen = splat_weights(geometry, grid).coverage[0] > 0.5
+    return (maps - F.interpolate(picture, grid, mode='area'))[0][:, seen].square().mean().sqrt()
+
+
+@pytest.mark.parametrize('motion', [(1.5, 2.5, 1.0), (1.0, 1.7, 1.0), (0.3, 1.2, 0.35)])
+def test_maps_are_nearer_to_the_picture_than_plain_averages(motion):
+    """Patches of a coarse grid, and finer ones that move and zoom over all of the image or close in on a part."""
+    shift, zoom, focus = motion
+    anchors = [Rows(n * n, n).anchors(CPU) for n in (6, 14)]
+    moved = anchors[1].centres + shift * anchors[1].extents * (2 * torch.rand(196, 2) - 1)
+    extents = anchors[1].extents * zoom ** (2 * torch.rand(196, 1) - 1)
+    centres = torch.cat([anchors[0].centres, focus * moved])[None]
+    extents = torch.cat([anchors[0].extents, focus * extents])[None]
+    zero = torch.zeros(1, centres.shape[1])
+    geometry = place_inside(centres, extents, zero, zero, (512, 512))
+    sharp, plain = (picture_error(geometry, (28, 28), density) for density in (True, False))
+    assert sharp < 0.98 * plain
+
+
+def test_uncovered_cells_take_the_nearest_patch(listing):
+    geometry = turned([[-0.8, -0.8], [0.8, 0.8]], [[0.1, 0.1]] * 2)
+    share = shares(geometry, (8, 8))[0]
+    assert share[:, 2, 2].tolist() == [1, 0]
+    assert share[:, 5, 5].tolist() == [0, 1]
+
+
+def test_coverage_says_what_no_patch_sees():
+    geometry = turned([[-0.5, -0.5], [-0.5, -0.5], [0.75, 0.625]], [[0.5, 0.5], [0.5, 0.5], [0.25, 0.125]])
+    coverage = splat_weights(geometry, (4, 4)).coverage[0]
+    assert coverage[:2, :2].tolist() == [[1, 1], [1, 1]]
+    assert coverage[3, 3] == 0.5
+    assert coverage.sum() == pytest.approx(4.5)
+    model = move_patches(timm.create_model('test_apvit', num_patches=4)).eval()
+    image = torch.randn(2, 3, 160, 96)
+    coverage = model.patch_coverage(image)
+    assert coverage.shape == (2, 1, 10, 6)
+    expected = splat_weights(model.patch_embed(image).geometry, (10, 6)).coverage
+    torch.testing.assert_close(coverage[:, 0], expected)
+
+
+def test_rotated_patches_land_where_their_outline_is(listing):
+    geometry = turned([[0.0, 0.0]] * 2, [[0.6, 0.05], [1.0, 1.0]], [math.pi / 4, 0.0])
+    share = shares(geometry, (9, 9))[0, 0]
+    assert share.diagonal()[2:7].min() > 0.5  # clockwise on the screen: from the top left to the bottom right
     assert share.fliplr().diagonal()[[1, 2, 6, 7]].max() < 1e-3
 
 
@@ -133,12 +226,47 @@ def test_forward_intermediates_has_every_option_of_timm():
     assert [tuple(t.shape) for t in layers[0]] == [(1, 64, 10, 10), (1, 1, 64)]
 
 
+class Maps(torch.nn.Module):
+    """The last map of a model."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x):
+        return self.model.forward_intermediates(x, indices=1, intermediates_only=True)[0]
+
+
+def test_maps_compile_and_export_at_any_batch_size():
+    maps = Maps(move_patches(timm.create_model('test_apvit', num_patches=9))).eval()
+    x = torch.randn(2, 3, 96, 64)
+    torch.testing.assert_close(torch.compile(maps, backend='eager', fullgraph=True)(x), maps(x), rtol=0, atol=1e-4)
+    program = torch.export.export(maps, (x,), dynamic_shapes=({0: torch.export.Dim('batch')},))
+    more = torch.randn(3, 3, 96, 64)
+    torch.testing.assert_close(program.module()(more), maps(more), rtol=0, atol=1e-4)
+
+
+def test_maps_of_no_image_and_on_the_meta_device():
+    maps = Maps(timm.create_model('test_apvit', num_patches=9)).eval()
+    assert maps(torch.randn(0, 3, 64, 64)).shape == (0, 64, 4, 4)
+    assert maps.to('meta')(torch.randn(2, 3, 64, 64, device='meta')).shape == (2, 64, 4, 4)
+
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16, torch.float64])
+def test_maps_have_the_dtype_of_the_tokens(dtype, listing):
+    tokens = torch.randn(2, 9, 4, dtype=dtype)
+    maps = dense_map(tokens, splat_weights(random_geometry(), (5, 4)), (5, 4))
+    assert maps.dtype == dtype
+    with torch.autocast('cpu', torch.bfloat16):
+        assert dense_map(tokens.float(), splat_weights(random_geometry(), (5, 4)), (5, 4)).dtype == torch.float32
+
+
 def test_rejects_unknown_format_and_dropped_tokens():
     model = timm.create_model('test_apvit', patch_drop_rate=0.5)
     image = torch.randn(1, 3, 160, 160)
     with pytest.raises(ValueError, match="'NCHW' or 'NLC', got 'NHWC'"):
         model.forward_intermediates(image, output_fmt='NHWC')
-    with pytest.raises(ValueError, match='patch_drop_rate=0 or eval mode'):
+    with pytest.raises(ValueError, match='tokens of all 100 patches for a map, got 50: set patch_drop_rate=0'):
         model.train().forward_intermediates(image)
     assert model.eval().forward_intermediates(image)[1][0].shape == (1, 64, 10, 10)
 

@@ -17,7 +17,7 @@ from PIL import Image
 
 import timm_apvit
 from timm_apvit.cli.main import PROGRAM, make_parser
-from timm_apvit.learning import distillation, parameter_groups
+from timm_apvit.learning import distillation, parameter_groups, saliency
 from timm_apvit.patching import layer, pos_embed
 
 ROOT = Path(__file__).parents[1]
@@ -68,7 +68,7 @@ def test_links_lead_to_files(page):
         assert '://' in target or (page.parent / target).exists(), target
 
 
-@pytest.mark.parametrize('module', [layer, pos_embed, distillation, parameter_groups])
+@pytest.mark.parametrize('module', [layer, pos_embed, distillation, parameter_groups, saliency])
 def test_docstring_examples_run(module, monkeypatch):
     result = doctest.testmod(module)
     assert result.attempted > 0

@@ -217,7 +217,7 @@ def test_patch_dropout_keeps_each_tokens_own_rotation():
         assert tokens.shape[1] == model.num_prefix_tokens + 8
         assert rope.shape[-2] == 8
         assert torch.isfinite(model(images(2, 3, 64, 64))).all()
-        with pytest.raises(ValueError, match='expected patch_drop_rate=0 or eval mode'):
+        with pytest.raises(ValueError, match='the tokens of all 16 patches for a map, got 8'):
             model.forward_intermediates(images(2, 3, 64, 64))
 
 

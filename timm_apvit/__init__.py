@@ -20,6 +20,7 @@ from timm_apvit.learning.glance import fit_glance
 from timm_apvit.models.adapting import adapt, vit_of
 from timm_apvit.models.apvit import twin_name, vit_name
 from timm_apvit.models.mixin import APViT
+from timm_apvit.models.pyramid import FeaturePyramid, pyramid
 from timm_apvit.patching.anchors import LAYOUTS, Anchors, Layout, Rows, register_layout
 from timm_apvit.patching.geometry import PatchGeometry
 from timm_apvit.patching.layer import AdaptivePatching
@@ -38,6 +39,7 @@ __all__ = [
     'Anchors',
     'Bound',
     'CardDetails',
+    'FeaturePyramid',
     'Layout',
     'Localizer',
     'Look',
@@ -50,6 +52,7 @@ __all__ = [
     'fit_glance',
     'interpolate_pos_embed',
     'push_to_hub',
+    'pyramid',
     'register_layout',
     'register_localizer',
     'register_transform',

@@ -33,15 +33,39 @@ def test_dpt_learns_to_segment(num_patches):
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-    assert losses[-1] < 0.6 * losses[0]
+    assert losses[-1] < 0.7 * losses[0]
     localizer = model.encoder.model.patch_embed.patching.localizer
     assert all(parameter.grad.abs().sum() > 0 for parameter in localizer.parameters())
 
 
-@pytest.mark.parametrize('encoder', ['tu-test_vit', 'tu-test_apvit'])
+@pytest.mark.parametrize('encoder', [pytest.param('test_vit', marks=pytest.mark.slow), 'test_apvit'])
 @pytest.mark.parametrize('decoder', ['Unet', 'FPN', 'Segformer', 'UPerNet'])
-@pytest.mark.xfail(
-    strict=True, raises=ValueError, reason='of all decoders DPT alone takes ViTs, whose maps are all of one scale'
-)
-def test_pyramid_decoders(decoder, encoder):
-    getattr(smp, decoder)(encoder, encoder_weights=None)
+def test_pyramid_decoders_learn_and_come_back(decoder, encoder, tmp_path):
+    arguments = {'num_patches': 9, 'img_size': 64} if encoder == 'test_apvit' else {}
+
+    def create():
+        return getattr(smp, decoder)(f'tu-pyramid.{encoder}', encoder_weights=None, out_channels=32, **arguments)
+
+    model = create()
+    if encoder == 'test_apvit':
+        move_patches(model, std=0.1)
+    x, masks = squares()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+    losses = []
+    for _ in range(10):
+        prediction = model(x)
+        assert prediction.shape == masks.shape
+        loss = binary_cross_entropy_with_logits(prediction, masks)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.7 * losses[0]
+    assert all(p.grad is not None for p in model.encoder.parameters())
+    model.eval()
+    model.save_pretrained(tmp_path)
+    torch.save(model.state_dict(), tmp_path / 'state.pt')
+    again = create().eval()
+    again.load_state_dict(torch.load(tmp_path / 'state.pt', weights_only=True))
+    torch.testing.assert_close(again(x), model(x), rtol=0, atol=0)
+    torch.testing.assert_close(smp.from_pretrained(tmp_path).eval()(x), model(x), rtol=0, atol=0)

@@ -1,11 +1,9 @@
-"""Detectors of torchvision on our dense maps."""
-
-from collections import OrderedDict
+"""Detectors of torchvision on our pyramids."""
 
 import pytest
-import timm
 import torch
-from torch import nn
+
+import timm_apvit
 
 detection = pytest.importorskip('torchvision.models.detection')
 ops = pytest.importorskip('torchvision.ops')
@@ -14,34 +12,20 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator  # noqa: E
 SIZE = 96
 
 
-class Backbone(nn.Module):
-    """Maps of an APViT at strides 8, 16 and 32, as in ViTDet: of the last block, up- and downsampled."""
-
-    def __init__(self, out_channels=32, **kwargs):
-        super().__init__()
-        self.out_channels = out_channels
-        self.body = timm.create_model('test_apvit', img_size=SIZE, features_only=True, out_indices=[-1], **kwargs)
-        width = self.body.feature_info.channels()[-1]
-        self.scales = nn.ModuleList([
-            nn.ConvTranspose2d(width, out_channels, 2, 2),
-            nn.Conv2d(width, out_channels, 1),
-            nn.Conv2d(width, out_channels, 2, 2),
-        ])  # fmt: skip
-
-    def forward(self, x):
-        (features,) = self.body(x)
-        return OrderedDict((str(n), scale(features)) for n, scale in enumerate(self.scales))
-
-
 def detector(kind, **kwargs):
-    anchors = AnchorGenerator(((16,), (32,), (64,)), ((1.0,),) * 3)
-    size = {'min_size': SIZE, 'max_size': SIZE}
-    if kind == 'RetinaNet':
-        return detection.RetinaNet(Backbone(**kwargs), num_classes=2, anchor_generator=anchors, **size)
-    pool = ops.MultiScaleRoIAlign(['0', '1', '2'], output_size=4, sampling_ratio=2)
-    return detection.FasterRCNN(
-        Backbone(**kwargs), num_classes=2, rpn_anchor_generator=anchors, box_roi_pool=pool, **size
+    """A detector on the pyramid of an APViT."""
+    backbone = timm_apvit.pyramid(
+        'test_apvit', img_size=SIZE, strides=(8, 16, 32), out_channels=32, feature_cls='dict', **kwargs
     )
+    anchors = AnchorGenerator(((16,), (32,), (64,)), ((1.0,),) * 3)
+    arguments = {'num_classes': 2, 'min_size': SIZE, 'max_size': SIZE}
+    if kind in ('RetinaNet', 'FCOS'):
+        return getattr(detection, kind)(backbone, anchor_generator=anchors, **arguments)
+    pool = ops.MultiScaleRoIAlign(['0', '1', '2'], output_size=4, sampling_ratio=2)
+    arguments |= {'rpn_anchor_generator': anchors, 'box_roi_pool': pool}
+    if kind == 'MaskRCNN':
+        arguments['mask_roi_pool'] = pool
+    return getattr(detection, kind)(backbone, **arguments)
 
 
 def squares(number=4):
@@ -53,13 +37,15 @@ def squares(number=4):
         image[:, y : y + SIZE // 2, x : x + SIZE // 2] = 1.0
         images.append(image)
         boxes = torch.tensor([[x, y, x + SIZE // 2, y + SIZE // 2]], dtype=torch.float32)
-        targets.append({'boxes': boxes, 'labels': torch.tensor([1])})
+        masks = torch.zeros(1, SIZE, SIZE, dtype=torch.uint8)
+        masks[:, y : y + SIZE // 2, x : x + SIZE // 2] = 1
+        targets.append({'boxes': boxes, 'labels': torch.tensor([1]), 'masks': masks})
     return images, targets
 
 
-@pytest.mark.parametrize('kind', ['FasterRCNN', 'RetinaNet'])
-@pytest.mark.parametrize('num_patches', [None, 10])
-def test_detector_learns_to_find_squares(kind, num_patches):
+@pytest.mark.parametrize('kind', ['FasterRCNN', 'RetinaNet', 'MaskRCNN', 'FCOS'])
+@pytest.mark.parametrize('num_patches', [pytest.param(None, marks=pytest.mark.slow), 10])
+def test_detector_learns_to_find_squares(kind, num_patches, tmp_path):
     model = detector(kind, num_patches=num_patches)
     images, targets = squares()
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
@@ -71,7 +57,13 @@ def test_detector_learns_to_find_squares(kind, num_patches):
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.8 * losses[0]
-    fields = model.backbone.body.model.patch_embed.patching.localizer.fields
+    fields = model.backbone.vit.patch_embed.patching.localizer.fields
     assert all(parameter.grad.abs().sum() > 0 for parameter in fields.parameters())
     found = model.eval()(images)
-    assert [set(each) for each in found] == [{'boxes', 'labels', 'scores'}] * len(images)
+    expected = {'boxes', 'labels', 'scores'} | ({'masks'} if kind == 'MaskRCNN' else set())
+    assert [set(each) for each in found] == [expected] * len(images)
+    torch.save(model.state_dict(), tmp_path / 'state.pt')
+    again = detector(kind, num_patches=num_patches).eval()
+    again.load_state_dict(torch.load(tmp_path / 'state.pt', weights_only=True))
+    for ours, theirs in zip(found, again(images), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0)

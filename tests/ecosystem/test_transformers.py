@@ -195,6 +195,56 @@ def test_auto_classes_pull_from_the_hub(saved, tmp_path):
     torch.testing.assert_close(torch.tensor(logits), model(images(2, 3, 64, 64)))
 
 
+def upernet(backbone):
+    config = transformers.UperNetConfig(
+        backbone_config=backbone, num_labels=3, hidden_size=32, auxiliary_in_channels=256, auxiliary_channels=16
+    )
+    return transformers.UperNetForSemanticSegmentation(config)
+
+
+def dpt(backbone):
+    sizes = {'neck_hidden_sizes': [16] * 4, 'fusion_hidden_size': 16, 'reassemble_factors': [1] * 4}
+    config = transformers.DPTConfig(backbone_config=backbone, num_labels=3, is_hybrid=False, **sizes)
+    return transformers.DPTForSemanticSegmentation(config)
+
+
+def mask2former(backbone):
+    config = transformers.Mask2FormerConfig(
+        backbone_config=backbone, num_labels=3, hidden_dim=32, feature_size=32, mask_feature_size=32,
+        encoder_layers=1, decoder_layers=2, num_queries=5, dim_feedforward=32, encoder_feedforward_dim=32,
+        num_attention_heads=2,
+    )  # fmt: skip
+    return transformers.Mask2FormerForUniversalSegmentation(config)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('create_decoder', [upernet, dpt, mask2former])
+def test_decoders_on_a_pyramid_learn_and_come_back(create_decoder, tmp_path):
+    backbone = transformers.TimmBackboneConfig(backbone='pyramid.test_apvit', out_indices=[0, 1, 2, 3])
+    model = create_decoder(backbone).train()
+    x, labels = images(2, 3, 64, 64), torch.zeros(2, 64, 64, dtype=torch.long)
+    labels[:, 16:48, 16:48] = 1
+    labels[:, 40:, :20] = 2
+    x = x * 0.1 + labels.unsqueeze(1)
+    masks = [torch.stack([(each == label).float() for label in range(3)]) for each in labels]
+    targets = {'labels': labels}
+    if create_decoder is mask2former:
+        targets = {'mask_labels': masks, 'class_labels': [torch.arange(3)] * 2}
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    losses = []
+    for _ in range(10):
+        loss = model(x, **targets).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.9 * losses[0]
+    model.eval().save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path).eval()
+    name = 'masks_queries_logits' if create_decoder is mask2former else 'logits'
+    torch.testing.assert_close(getattr(again(x), name), getattr(model(x), name), rtol=0, atol=1e-5)
+
+
 class AdaptiveEmbeddings(nn.Module):
     """In the place of the embeddings of transformers' ViT: its own weights, on adaptive patches."""
 

@@ -15,7 +15,7 @@ from timm.utils import unwrap_model
 from torch import Tensor, nn
 
 from timm_apvit.models.attention import attends, calls_of, patch_attention
-from timm_apvit.models.dense import splat_weights
+from timm_apvit.models.dense import overlaps
 from timm_apvit.models.mixin import APViT
 from timm_apvit.patching.anchors import Rows
 from timm_apvit.patching.geometry import PatchGeometry
@@ -134,8 +134,10 @@ def check_attends(model: nn.Module) -> None:
 
 def attention_on_grid(geometry: PatchGeometry, attention: Tensor, grid: tuple[int, int]) -> Tensor:
     """Lay the attention to patches ``(B, N)`` on the cells that they cover: ``(B, gh * gw)``, sums of 1."""
-    shares = splat_weights(geometry, grid)  # (B, gh * gw, N)
-    laid = (shares / shares.sum(dim=1, keepdim=True) @ attention.unsqueeze(-1)).squeeze(-1)
+    patch, cell, share, _ = overlaps(geometry, grid)
+    covered = share.new_zeros(attention.numel()).index_add(0, patch, share)
+    laid = share.new_zeros(len(attention) * grid[0] * grid[1])
+    laid = laid.index_add(0, cell, attention.flatten()[patch] * share / covered[patch]).reshape(len(attention), -1)
     return laid / laid.sum(dim=1, keepdim=True)
 
 

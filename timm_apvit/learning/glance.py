@@ -1,7 +1,6 @@
 """A head start for ``localizer='glance'``: what reads the ViT's tokens is fitted before the ViT itself learns."""
 
 from collections.abc import Callable, Iterable
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -81,7 +80,7 @@ def fit_glance(
 
 @torch.no_grad()
 def collapsed(model: APViT, images: Tensor) -> str | None:
-    """What is wrong with the windows of images ``(B, C, H, W)``, in a sentence; None: they differ, or there are few.
+    """What is wrong with where images ``(B, C, H, W)`` are looked at, in a sentence; None: it differs, or they are few.
 
     A glance that found nothing sees all images whole; one that learnt a habit looks at the same place in all of them.
 
@@ -90,7 +89,11 @@ def collapsed(model: APViT, images: Tensor) -> str | None:
     """
     glance_of(model)
     with in_eval_mode(model):
-        window: Any = model.patch_geometry(images).window
+        geometry = model.patch_geometry(images)
+    window, saliency = geometry.window, geometry.saliency
+    if window is None:  # it selects cells
+        flat = saliency is not None and bool((saliency.amax(dim=(1, 2)) - saliency.amin(dim=(1, 2)) < 0.01).all())
+        return 'The glance finds nothing yet: all cells matter alike.' if flat and len(images) >= 8 else None
     if len(window) < 8:
         return None
     if (window[:, 2] == 1).all():

@@ -50,6 +50,9 @@ class GlanceLocalizer(ScaleKeeping, Localizer):
         grid: rows and columns of the glance at a square image; others have about as many cells.
         width: of the hidden layers.
         max_focus: largest factor by which a window closes in; 1: it is the whole image.
+        select: rows and columns of a grid, ``(h, w)``, or their number if they are as many; instead of a window about
+            them all, each patch that may move (``motion`` of its anchor above 0) goes to one of the cells that matter
+            most, new to some all over the image. For images in which several places do.
         answer_drop: share of the images in train mode to which the glance's answer is not added, so that the ViT
             learns to answer by itself.
         classes: numbers of classes, 0 for pooled features, that it learnt to tell, the last ones last; the others still
@@ -72,6 +75,7 @@ class GlanceLocalizer(ScaleKeeping, Localizer):
         grid: int = 12,
         width: int = 256,
         max_focus: float = 3.0,
+        select: int | Sequence[int] | None = None,
         answer_drop: float = 0.5,
         classes: Sequence[int] = (),
         device: Any = None,
@@ -84,6 +88,8 @@ class GlanceLocalizer(ScaleKeeping, Localizer):
         self.widths, self.factory = dict(fields), {'device': device, 'dtype': dtype}
         self.blocks, self.grid, self.width = blocks or 0, grid, width
         self.max_focus = check_number('max_focus', max_focus, 1)
+        counts = None if select is None else check_counts('select', 'h, w', select)
+        self.select = (counts, counts) if isinstance(counts, int) else counts
         self.answer_drop = check_number('answer_drop', answer_drop, 0, 1)
         if not (isinstance(classes, Sequence) and all(type(n) is int and n >= 0 for n in classes)):
             raise ValueError(f'expected classes to be numbers of classes >= 0, got {classes!r}')
@@ -185,7 +191,10 @@ class GlanceLocalizer(ScaleKeeping, Localizer):
             saliency = torch.logsumexp(evidence, dim=2).reshape(-1, *grid)
             # What moves a patch is no lesson for the ViT, and what a window misses none for the saliency.
             places = self.place(tokens.detach()).reshape(-1, *grid, self.width)
-            return Look(places.movedim(-1, 1), best_window(saliency, self.max_focus), saliency, answer)
+            memory = places.movedim(-1, 1)
+            if self.select is None:
+                return Look(memory, best_window(saliency, self.max_focus), saliency, answer)
+            return Look(memory, None, saliency, answer, resized(saliency.detach(), self.select))
 
     def tokens(self, pyramid: list[Tensor]) -> tuple[Tensor, tuple[int, int]]:
         """Tokens of a coarse grid over the whole image, after the first blocks, ``(B, h * w, D)``; and h, w."""
@@ -245,6 +254,13 @@ def loaded_by_transformers(layer: ZeroLinear) -> bool:
 def glances(model: Any) -> bool:
     """Whether the localiser of an APViT is a glance."""
     return isinstance(model.patch_embed.patching.localizer, GlanceLocalizer)
+
+
+def resized(saliency: Tensor, size: tuple[int, int]) -> Tensor:
+    """Logits of places ``(B, h, w)`` on another grid: between them, or the largest that a coarser cell holds."""
+    if size[0] < saliency.shape[1] or size[1] < saliency.shape[2]:
+        return F.adaptive_max_pool2d(saliency, size)
+    return F.interpolate(saliency.unsqueeze(1), size, mode='bilinear').squeeze(1)
 
 
 def answer_of(evidence: Tensor) -> Tensor:

@@ -103,14 +103,12 @@ class APViT(TimmViT):  # type: ignore[misc]
         geometry: PatchGeometry = self.patch_embed(x).geometry
         size = (x.shape[-2], x.shape[-1])
         canvas = self.patch_embed.canvas_size(size)
-        if canvas != size:  # from the frame of what the patches tile to that of the image; angles are those of pixels
-            ratio = x.new_tensor([canvas[1] / size[1], canvas[0] / size[0]], dtype=torch.float32)
-            geometry = geometry._replace(
-                centres=(geometry.centres + 1) * ratio - 1,
-                extents=geometry.extents * ratio,
-                image_from_patch=geometry.image_from_patch * ratio[:, None],
-            )
-        return geometry
+        return geometry if canvas == size else geometry.in_frame(canvas, size)
+
+    def patch_coverage(self, x: Tensor) -> Tensor:
+        """Share of each cell of a dense map that patches see, ``(B, 1, h, w)``; a map has a value in all of them."""
+        grid_size = self.patch_embed.dynamic_feat_size((x.shape[-2], x.shape[-1]))
+        return splat_weights(self.patch_embed(x).geometry, grid_size).coverage.unsqueeze(1)
 
     def forward(self, x: Any, attn_mask: Tensor | None = None, is_causal: bool = False) -> Any:
         """Images ``(B, C, H, W)`` -> logits, or pooled features.
@@ -200,8 +198,6 @@ class APViT(TimmViT):  # type: ignore[misc]
         def as_map(tokens: Any) -> Any:
             if isinstance(tokens, tuple):  # with their prefix tokens
                 return as_map(tokens[0]), *tokens[1:]
-            if tokens.shape[1] != patches.tokens.shape[1]:
-                raise ValueError('expected patch_drop_rate=0 or eval mode for NCHW maps, got dropped tokens')
             return dense_map(tokens, weights, grid_size)
 
         if isinstance(result, dict):

@@ -19,6 +19,9 @@ from timm_apvit.patching.parts import Parts
 # N, (gh, gw), or a layout by name: {'name': 'coarse_fine', 'coarse': 4, 'fine': [7, 7]}.
 NumPatches = int | Sequence[int] | Mapping[str, Any]
 
+# Differences of worth and of size that count as none.
+EVEN = 1e-4
+
 
 class Anchors(NamedTuple):
     """Where patches start from.
@@ -40,6 +43,24 @@ class Anchors(NamedTuple):
         """The same anchors laid over windows ``(B, 3)``, centre (x, y) and half-extent, rather than over the image."""
         extent = window[:, None, 2:]
         return self._replace(centres=window[:, None, :2] + extent * self.centres, extents=extent * self.extents)
+
+    def on_best(self, worth: Tensor, movable: list[int]) -> 'Anchors':
+        """Those of such numbers on the cells of a grid that are worth most, ``(B, h, w)``, one on each."""
+        (height, width), worth = worth.shape[1:], worth.flatten(1)
+        index = torch.arange(height * width, device=worth.device)
+        # Where cells are worth the same, those of a sequence that is spread evenly (Roberts 2018).
+        spread = (index % width) * 0.7548776662 + torch.div(index, width, rounding_mode='floor') * 0.5698402910
+        chosen = (
+            (worth - worth.amax(dim=1, keepdim=True) + EVEN * (spread % 1))
+            .topk(len(movable), dim=1)
+            .indices.sort(dim=1)
+            .values
+        )
+        cells = Rows(height * width, height).anchors(worth.device).centres
+        shape = [worth.shape[0], len(self.centres), 2]
+        centres, extents = self.centres.expand(shape).clone(), self.extents.expand(shape).clone()
+        centres[:, movable], extents[:, movable] = cells[chosen], extents.new_tensor([1 / width, 1 / height])
+        return self._replace(centres=centres, extents=extents)
 
 
 @dataclass(frozen=True)
@@ -116,6 +137,22 @@ class Layout:
     def num_patches(self) -> int:
         """N."""
         return sum(each.num_patches for each in self.grids)
+
+    def movable(self, cells: tuple[int, int]) -> list[int]:
+        """Numbers of the anchors that may move, to cells of a grid ``(h, w)``.
+
+        Raises:
+            ValueError: fewer cells than such anchors, or larger ones.
+        """
+        free = [each.motion > 0 for each in self.grids for _ in range(each.num_patches)]
+        sizes = [each.largest_cell for each in self.grids if each.motion > 0]
+        too_large = any(1 / cells[axis] > size[axis] * (1 + EVEN) for size in sizes for axis in (0, 1))
+        if sum(free) > cells[0] * cells[1] or too_large:
+            raise ValueError(
+                f'expected a grid to choose from that is at least as fine as that of the {sum(free)} patches, got '
+                f'{cells[0]} x {cells[1]}: select from more cells along both sides, or take fewer patches'
+            )
+        return [number for number, each in enumerate(free) if each]
 
     def __eq__(self, other: object) -> bool:
         return type(other) is type(self) and vars(other) == vars(self)

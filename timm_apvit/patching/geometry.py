@@ -58,6 +58,15 @@ class PatchGeometry(NamedTuple):
         centre, extent = self.window[:, None, :2], self.window[:, None, 2:]
         return (self.centres - centre) / extent, self.extents / extent
 
+    def in_frame(self, own: tuple[int, int], other: tuple[int, int]) -> 'PatchGeometry':
+        """The same patches in an image of another size ``(H, W)``, that has the same top-left corner and pixels."""
+        ratio = torch.tensor([own[1] / other[1], own[0] / other[0]], device=self.centres.device)
+        return self._replace(  # angles are those of pixels
+            centres=(self.centres + 1) * ratio - 1,
+            extents=self.extents * ratio,
+            image_from_patch=self.image_from_patch * ratio[:, None],
+        )
+
     def outlines(self, points_per_side: int = 1) -> Tensor:
         """Closed outline of every patch: ``(B, N, 4 * points_per_side + 1, 2)``, clockwise from its top-left corner.
 

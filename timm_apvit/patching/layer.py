@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import timm_apvit.patching.cnn
 import timm_apvit.patching.families  # noqa: F401  registers them, as the line above does
-from timm_apvit.patching.anchors import Layout, NumPatches, resolve_layout
+from timm_apvit.patching.anchors import Anchors, Layout, NumPatches, resolve_layout
 from timm_apvit.patching.coords import check_number, check_patch_size, check_shape, in_float32, sample_grid
 from timm_apvit.patching.geometry import PatchGeometry, footprint, patch_jacobians, patch_points
 from timm_apvit.patching.localizers import LOCALIZERS, Localizer, Look
@@ -143,6 +143,8 @@ class AdaptivePatching(nn.Module):
         if window is not None:
             window = self._exposed(check_shape('the window of the localizer', window, (image.shape[0], 3)))
             anchors = anchors.within(window)
+        if look.cells is not None:
+            anchors = self._chosen(anchors, look.cells, layout.movable((look.cells.shape[1], look.cells.shape[2])))
         parameters = self.localizer(look, anchors)
         for name, width in self.transform.fields.items():
             check_shape(f'{name} of the localizer', parameters.get(name), (image.shape[0], layout.num_patches, width))
@@ -158,6 +160,19 @@ class AdaptivePatching(nn.Module):
         jacobians = patch_jacobians(geometry, local)
         steps = footprint(jacobians, (image.shape[2], image.shape[3]), self.patch_size)
         return sample_patches(pyramid, patch_points(geometry, local), steps)
+
+    def _chosen(self, anchors: Anchors, worth: Tensor, movable: list[int]) -> Anchors:
+        """Anchors on the best cells; in train mode, with ``window_jitter``, drawn by worth, and some images whole."""
+        if self.training and self.window_jitter > 0:
+            worth = worth - torch.log(-torch.log(torch.rand_like(worth).clamp(1e-9, 1 - 1e-6)))  # Gumbel noise
+        chosen = anchors.on_best(worth, movable)
+        if not (self.training and self.whole_share > 0):
+            return chosen
+        whole = torch.rand(worth.shape[0], 1, 1, device=worth.device) < self.whole_share
+        return chosen._replace(
+            centres=torch.where(whole, anchors.centres, chosen.centres),
+            extents=torch.where(whole, anchors.extents, chosen.extents),
+        )
 
     def _exposed(self, window: Tensor) -> Tensor:
         """The windows ``(B, 3)`` inside the image, but for noise and some images seen whole in train mode."""

@@ -25,12 +25,15 @@ class Look(NamedTuple):
             None: all of it. It keeps the image's aspect.
         saliency: logits of where it looks, ``(B, h, w)`` over the image, to be drawn; None: it does not say.
         logits: its own answer, ``(B, classes)``, which is added to that of the ViT; None: it has none.
+        cells: what the cells of a grid are worth, as logits, ``(B, h, w)``: anchors that may move go to the best ones;
+            None: they stay where the layout has them.
     """
 
     memory: Any
     window: Tensor | None = None
     saliency: Tensor | None = None
     logits: Tensor | None = None
+    cells: Tensor | None = None
 
 
 class Localizer(nn.Module, ABC):

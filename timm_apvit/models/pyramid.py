@@ -1,0 +1,200 @@
+"""A feature pyramid of one map, for decoders and detectors that want several scales.
+
+``timm.create_model('pyramid.apvit_small_patch14_dinov2', features_only=True)`` is what every library takes that builds
+its encoder by a name of timm; `pyramid` makes one of a built model.
+"""
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Any
+
+import timm
+import torch.nn.functional as F
+from timm.layers import LayerNorm2d
+from timm.models import FeatureInfo, register_model
+from torch import Tensor, nn
+
+from timm_apvit.models.apvit import twin_name
+from timm_apvit.models.dense import dense_map, splat_weights
+from timm_apvit.models.mixin import APViT, check_apvit, where_is
+from timm_apvit.models.vits import ADAPTIVE_CLASSES
+from timm_apvit.patching.anchors import Rows
+
+MAP_STRIDE = 16
+STRIDES = (2, 4, 8, 16, 32, 64)
+# Arguments of a pyramid that a ViT does not have.
+OWN_ARGS = ('strides', 'out_channels', 'out_indices', 'block', 'feature_cls')
+
+
+class FeaturePyramid(nn.Module):
+    """Maps of several strides from the last map of a ViT: the simple feature pyramid of ViTDet (Li et al. 2022, 3).
+
+    The ViT's tokens become one map of stride 16 in pixels of the image, whatever the size of its patches and however
+    many there are: adaptive ones by `timm_apvit.models.dense`, those of a plain ViT by bilinear interpolation. Finer
+    strides are transposed convolutions of it, coarser ones its maxima. A glance has no classes here: teach it where to
+    look by `timm_apvit.learning.saliency.saliency_loss`, or its layers get no gradient.
+
+    Args:
+        vit: an APViT or another ViT of timm; it becomes a part of this, and loses its head.
+        strides: of the maps, of 2, 4, 8, 16, 32 and 64, in rising order.
+        out_channels: of each map.
+        out_indices: which of the strides to give; None: all.
+        block: whose tokens are taken; -1: the last.
+        feature_cls: ``'list'``, or ``'dict'`` for an ordered dict with keys ``'0'``, ``'1'``, ..., as torchvision's
+            detectors take it.
+
+    Attributes:
+        feature_info: channels and strides, as timm's backbones have them.
+
+    Raises:
+        ValueError: not such a model, or an argument out of range.
+    """
+
+    def __init__(
+        self,
+        vit: nn.Module,
+        strides: Sequence[int] = (4, 8, 16, 32),
+        out_channels: int = 256,
+        out_indices: Sequence[int] | None = None,
+        block: int = -1,
+        feature_cls: str = 'list',
+    ) -> None:
+        super().__init__()
+        if not isinstance(vit, (APViT, *ADAPTIVE_CLASSES)):
+            raise ValueError(f'expected an APViT or a ViT of timm, got {type(vit).__name__}{where_is(vit)}')
+        strides = tuple(strides)
+        if not strides or not set(strides) <= set(STRIDES) or list(strides) != sorted(set(strides)):
+            raise ValueError(f'expected strides of {STRIDES}, each once and in rising order, got {strides}')
+        if feature_cls not in ('list', 'dict'):
+            raise ValueError(f"expected feature_cls to be 'list' or 'dict', got {feature_cls!r}")
+        depth = len(vit.blocks)  # type: ignore[arg-type]
+        if not -depth <= block < depth:
+            raise ValueError(f'expected a block of -{depth} to {depth - 1}, got {block}')
+        indices = tuple(range(len(strides)) if out_indices is None else out_indices)
+        if not indices or not all(-len(strides) <= index < len(strides) for index in indices):
+            raise ValueError(f'expected out_indices of the {len(strides)} strides {strides}, got {indices}')
+        chosen = sorted({index % len(strides) for index in indices})
+        self.vit, self.block, self.strides = vit, block % depth, tuple(strides[index] for index in chosen)
+        self.out_channels, self.feature_cls = out_channels, feature_cls
+        vit.prune_intermediate_layers([self.block], prune_norm=False, prune_head=True)  # type: ignore[operator]
+        width: int = vit.embed_dim  # type: ignore[assignment]
+        self.scales = nn.ModuleList(scale_of(width, out_channels, stride) for stride in self.strides)
+        self.pretrained_cfg = self.default_cfg = vit.pretrained_cfg
+        self.feature_info = FeatureInfo(
+            [{'num_chs': out_channels, 'reduction': stride, 'module': f'stride{stride}'} for stride in strides],
+            tuple(chosen),
+        )
+
+    def forward(self, x: Tensor) -> list[Tensor] | OrderedDict[str, Tensor]:
+        """Images ``(B, C, H, W)`` -> a map ``(B, out_channels, ceil(H / 16) * 16 / s, ...)`` of each stride s.
+
+        Raises:
+            ValueError: an image smaller than the coarsest stride, or dropped tokens (``patch_drop_rate``, train mode).
+        """
+        size = (x.shape[-2], x.shape[-1])
+        if min(size) < self.strides[-1]:
+            raise ValueError(f'expected images of at least {self.strides[-1]} pixels, the coarsest stride, got {size}')
+        base = self.map_of(x, (-(-size[0] // MAP_STRIDE), -(-size[1] // MAP_STRIDE)))
+        maps = [scale(base) for scale in self.scales]
+        if self.feature_cls == 'list':
+            return maps
+        return OrderedDict((str(number), each) for number, each in enumerate(maps))
+
+    def map_of(self, x: Tensor, grid_size: tuple[int, int]) -> Tensor:
+        """The ViT's map ``(B, D, h, w)`` of a grid of cells of 16 pixels."""
+        arguments: dict[str, Any] = {'indices': [self.block], 'norm': True, 'intermediates_only': True}
+        vit: Any = self.vit
+        size = (grid_size[0] * MAP_STRIDE, grid_size[1] * MAP_STRIDE)
+        if isinstance(vit, APViT):
+            patches = vit.patch_embed(x)
+            tokens = vit.forward_intermediates(patches, output_fmt='NLC', **arguments)[0]
+            geometry = patches.geometry.in_frame(vit.patch_embed.canvas_size((x.shape[-2], x.shape[-1])), size)
+            return dense_map(tokens, splat_weights(geometry, grid_size), grid_size)
+        features = vit.forward_intermediates(x, **arguments)[0]
+        cells = Rows(grid_size[0] * grid_size[1], grid_size[0]).anchors(x.device).centres.reshape(1, *grid_size, 2)
+        tiled = [length * patch for length, patch in zip(features.shape[-2:], vit.patch_embed.patch_size, strict=True)]
+        ratio = cells.new_tensor([size[1] / tiled[1], size[0] / tiled[0]])
+        places = ((cells + 1) * ratio - 1).expand(len(x), -1, -1, -1).to(features.dtype)
+        return F.grid_sample(features, places, padding_mode='border', align_corners=False)
+
+    def set_num_patches(self, num_patches: Any) -> None:
+        """As of an `APViT`; ValueError if the ViT is none."""
+        check_apvit(self.vit)
+        self.vit.set_num_patches(num_patches)  # type: ignore[operator]
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """As of timm's backbones."""
+        self.vit.set_grad_checkpointing(enable)  # type: ignore[operator]
+
+
+def scale_of(width: int, out_channels: int, stride: int) -> nn.Sequential:
+    """Layers from the ViT's map of stride 16 and ``width`` channels to one of another stride."""
+    layers: list[nn.Module] = []
+    for _ in range((MAP_STRIDE // stride).bit_length() - 1):
+        if layers:
+            layers += [LayerNorm2d(width), nn.GELU()]
+        layers.append(nn.ConvTranspose2d(width, width // 2, 2, 2))
+        width //= 2
+    if stride > MAP_STRIDE:
+        layers.append(nn.MaxPool2d(stride // MAP_STRIDE, ceil_mode=True))
+    layers += [nn.Conv2d(width, out_channels, 1, bias=False), LayerNorm2d(out_channels)]
+    return nn.Sequential(
+        *layers, nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False), LayerNorm2d(out_channels)
+    )
+
+
+@register_model  # type: ignore[untyped-decorator]
+def pyramid(
+    vit: nn.Module | str | None = None,
+    pretrained: bool = False,
+    *,
+    pretrained_cfg: Any = None,
+    features_only: bool = True,
+    output_stride: int | None = None,
+    **kwargs: Any,
+) -> FeaturePyramid:
+    """Make a `FeaturePyramid` of a built model, or of one by its name.
+
+    timm knows it as ``'pyramid.NAME'``, with the name of an APViT or of another ViT, and with its tag if it has one.
+
+    Args:
+        vit: the model, which becomes a part of the pyramid and loses its head, or its name.
+        pretrained: load the ViT's weights, for a name.
+        pretrained_cfg: the name, where timm calls this.
+        features_only: always true; libraries ask for it.
+        output_stride: 32 or None; libraries ask for it.
+        kwargs: of `FeaturePyramid`; and for a name of ``timm.create_model``: ``num_patches``, ``img_size``, ...
+
+    Raises:
+        ValueError: no model, or an argument out of range.
+        TypeError: arguments of ``timm.create_model`` for a built model.
+    """
+    if output_stride not in (None, 32) or not features_only:
+        raise ValueError(
+            'expected features_only=True and output_stride=32 or None of a pyramid, whose strides are an argument, got '
+            f'features_only={features_only} and output_stride={output_stride}'
+        )
+    own = {name: kwargs.pop(name) for name in OWN_ARGS if name in kwargs}
+    if isinstance(vit, nn.Module):
+        if others := [
+            name for name, value in {**kwargs, 'pretrained': pretrained or None}.items() if value is not None
+        ]:
+            raise TypeError(f'expected a name for arguments of create_model, got {", ".join(others)}')
+        return FeaturePyramid(vit, **own)
+    name = vit or pretrained_cfg
+    if not isinstance(name, str):
+        raise ValueError(
+            "expected the ViT of a pyramid, such as 'pyramid.apvit_small' by a name of timm, or a built one, got "
+            f'{name!r}'
+        )
+    if ':' not in name and not _adaptive(name):  # the fixed grid follows the image
+        kwargs = {'dynamic_img_size': True, 'dynamic_img_pad': True, **kwargs}
+    return FeaturePyramid(timm.create_model(name, pretrained=pretrained, **{**kwargs, 'num_classes': 0}), **own)
+
+
+def _adaptive(name: str) -> bool:
+    """Whether a name is that of an APViT rather than of a ViT that has a twin; ValueError if it is neither."""
+    if 'apvit' in name.partition('.')[0]:
+        return True
+    twin_name(name)
+    return False
