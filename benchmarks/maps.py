@@ -31,19 +31,20 @@ def measure(side: int, rounds: int) -> dict[str, float]:
     image, grid = torch.randn(1, 3, side, side), (side // 16, side // 16)
     with torch.inference_mode():
         geometry = model.patch_embed(image).geometry
-        tokens = model.forward_intermediates(image, BLOCKS, output_fmt='NLC', intermediates_only=True)
+
+        def read() -> list[torch.Tensor]:
+            found: list[torch.Tensor] = model.forward_intermediates(
+                image, BLOCKS, output_fmt='NLC', intermediates_only=True
+            )
+            return found
+
+        tokens = read()
 
         def put_back() -> list[torch.Tensor]:
             weights = splat_weights(geometry, grid)
             return [dense_map(each, weights, grid) for each in tokens]
 
-        seconds = time_in_turns(
-            {
-                'tokens': lambda: model.forward_intermediates(image, BLOCKS, output_fmt='NLC', intermediates_only=True),
-                'maps': put_back,
-            },
-            rounds,
-        )
+        seconds = time_in_turns({'tokens': read, 'maps': put_back}, rounds)
         pairs = len(splat_weights(geometry, grid).weight)
     tokens_ms, maps_ms = (1e3 * statistics.median(seconds[name]) for name in ('tokens', 'maps'))
     return {

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from timm_apvit.patching.coords import in_float32
+from timm_apvit.patching.coords import cell_centres, cell_index, in_float32
 from timm_apvit.patching.geometry import PatchGeometry
 
 # In cells: less than that of a patch beyond a cell's edge is rounding.
@@ -133,8 +133,8 @@ def _shares(
 
     Patches by centre ``(..., 2)`` and matrix ``(..., 2, 2)``, cells by column and row ``(...)``; the shapes broadcast.
     """
-    x = (2 * column + 1) / grid_size[1] - 1 - centres[..., 0]
-    y = (2 * row + 1) / grid_size[0] - 1 - centres[..., 1]
+    x = cell_centres(column, grid_size[1]) - centres[..., 0]
+    y = cell_centres(row, grid_size[0]) - centres[..., 1]
     area, inverse = _area_and_inverse(matrices)
     share, weight = torch.ones_like(area), 1 / area
     for axis in range(2):
@@ -191,6 +191,6 @@ def _nearest(centres: Tensor, grid_size: tuple[int, int], cell: Tensor) -> Tenso
     """Which of centres ``(..., cells | 1, N, 2)`` is nearest to each of some cells, distances in cells."""
     with torch.no_grad():
         (height, width), cell = grid_size, cell.unsqueeze(-1)
-        x = (centres[..., 0] + 1) * (width / 2) - (cell % width + 0.5)
-        y = (centres[..., 1] + 1) * (height / 2) - (torch.div(cell, width, rounding_mode='floor') + 0.5)
+        x = cell_index(centres[..., 0], width) - cell % width
+        y = cell_index(centres[..., 1], height) - torch.div(cell, width, rounding_mode='floor')
         return (x.square() + y.square()).argmin(dim=-1)

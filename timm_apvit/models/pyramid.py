@@ -18,7 +18,6 @@ from timm_apvit.models.apvit import twin_name
 from timm_apvit.models.dense import dense_map, splat_weights
 from timm_apvit.models.mixin import APViT, check_apvit, where_is
 from timm_apvit.models.vits import ADAPTIVE_CLASSES
-from timm_apvit.patching.anchors import Rows
 
 MAP_STRIDE = 16
 STRIDES = (2, 4, 8, 16, 32, 64)
@@ -111,10 +110,10 @@ class FeaturePyramid(nn.Module):
             geometry = patches.geometry.in_frame(vit.patch_embed.canvas_size((x.shape[-2], x.shape[-1])), size)
             return dense_map(tokens, splat_weights(geometry, grid_size), grid_size)
         features = vit.forward_intermediates(x, **arguments)[0]
-        cells = Rows(grid_size[0] * grid_size[1], grid_size[0]).anchors(x.device).centres.reshape(1, *grid_size, 2)
         tiled = [length * patch for length, patch in zip(features.shape[-2:], vit.patch_embed.patch_size, strict=True)]
-        ratio = cells.new_tensor([size[1] / tiled[1], size[0] / tiled[0]])
-        places = ((cells + 1) * ratio - 1).expand(len(x), -1, -1, -1).to(features.dtype)
+        across, down = size[1] / tiled[1], size[0] / tiled[0]
+        theta = features.new_tensor([[across, 0.0, across - 1], [0.0, down, down - 1]]).expand(len(x), 2, 3)
+        places = F.affine_grid(theta, [len(x), 1, *grid_size], align_corners=False)
         return F.grid_sample(features, places, padding_mode='border', align_corners=False)
 
     def set_num_patches(self, num_patches: Any) -> None:

@@ -50,12 +50,8 @@ class Anchors(NamedTuple):
         index = torch.arange(height * width, device=worth.device)
         # Where cells are worth the same, those of a sequence that is spread evenly (Roberts 2018).
         spread = (index % width) * 0.7548776662 + torch.div(index, width, rounding_mode='floor') * 0.5698402910
-        chosen = (
-            (worth - worth.amax(dim=1, keepdim=True) + EVEN * (spread % 1))
-            .topk(len(movable), dim=1)
-            .indices.sort(dim=1)
-            .values
-        )
+        worth = worth - worth.amax(dim=1, keepdim=True) + EVEN * (spread % 1)
+        chosen = worth.topk(len(movable), dim=1).indices.sort(dim=1).values
         cells = Rows(height * width, height).anchors(worth.device).centres
         shape = [worth.shape[0], len(self.centres), 2]
         centres, extents = self.centres.expand(shape).clone(), self.extents.expand(shape).clone()

@@ -25,7 +25,7 @@ def in_float32(device: torch.device) -> AbstractContextManager[Any]:
     return nullcontext()
 
 
-def cell_centres(index: Tensor, count: Tensor) -> Tensor:
+def cell_centres(index: Tensor, count: Tensor | int) -> Tensor:
     """Centre of cell ``index`` among ``count`` equal cells of [-1, 1]; the shapes broadcast."""
     return (2 * index + 1) / count - 1
 
