@@ -11,7 +11,7 @@ from typing import Any
 import timm
 import torch.nn.functional as F
 from timm.layers import LayerNorm2d
-from timm.models import FeatureInfo, register_model
+from timm.models import FeatureInfo, _registry, register_model
 from torch import Tensor, nn
 
 from timm_apvit.models.apvit import twin_name
@@ -189,6 +189,10 @@ def pyramid(
     if ':' not in name and not _adaptive(name):  # the fixed grid follows the image
         kwargs = {'dynamic_img_size': True, 'dynamic_img_pad': True, **kwargs}
     return FeaturePyramid(timm.create_model(name, pretrained=pretrained, **{**kwargs, 'num_classes': 0}), **own)
+
+
+# As timm keeps an old name that still works out of ``list_models``: this one is of no use without the name of a ViT.
+_registry._deprecated_models['pyramid'] = None
 
 
 def _adaptive(name: str) -> bool:
