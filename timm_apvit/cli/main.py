@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 from timm_apvit import __version__
-from timm_apvit.cli import evaluate, export, finetune, predict, push, run, show
+from timm_apvit.cli import demo, evaluate, export, finetune, predict, push, run, show
 from timm_apvit.cli.completion import actions_of, add_completion_argument
 from timm_apvit.failures import FailedError, explain
 
@@ -53,6 +53,8 @@ COMMANDS = (
     Command('predict', 'name what is in images, and where the model looked', predict.add_arguments, predict.prepare,
             NOTHING, 'lower --batch-size or --num-patches'),
     Command('show', 'draw where a model looks in images', show.add_arguments, show.prepare, NOTHING, export.REMEDY),
+    Command('demo', 'open a page on which one sees where a model looks', demo.add_arguments, demo.prepare,
+            'the page is closed'),
     Command('export', 'export a model to ONNX or torch.export, and check it', export.add_arguments, export.prepare),
     Command('push', 'push a model to the Hugging Face Hub, with a card', push.add_arguments, push.prepare, PUSHED),
     Command('run', "run a script, such as timm's train.py, with our models", run.add_arguments, run.prepare),

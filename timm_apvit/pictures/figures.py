@@ -19,7 +19,7 @@ PANELS = {
 }
 WIDTHS = {1: 7.0, 2: 4.5, 3: 3.2}  # of a panel in inches, by how many are side by side
 NARROW = 2.6
-CROWDED = 64  # patches from which a panel has to be larger than others to be legible
+MANY = 64  # patches from which a panel has to be larger than others to be legible
 
 Cell = tuple[PatchView, str, str]
 """A view, the name of a panel and its title."""
@@ -29,12 +29,12 @@ class Scales(NamedTuple):
     """What the panels of a figure, or of all frames of an animation, have in common.
 
     Attributes:
-        crowded: whether panels are drawn larger.
+        dense: whether panels are drawn larger.
         attention: colours of the attention that patches receive; None: they are coloured by their order.
         most: the most patches that see one place; 0 where no panel shows that.
     """
 
-    crowded: bool
+    dense: bool
     attention: Any | None
     most: int
 
@@ -45,7 +45,7 @@ def common_scales(cells: Iterable[Cell]) -> Scales:
     cells = list(cells)
     attentions = [view.attention for view, _, _ in cells if view.attention is not None]
     return Scales(
-        crowded=any(view.layout.num_patches > CROWDED for view, _, _ in cells),
+        dense=any(view.layout.num_patches > MANY for view, _, _ in cells),
         attention=drawing.attention_scale(attentions) if attentions else None,
         most=max((int(drawing.coverage(view).max()) for view, panel, _ in cells if panel == 'coverage'), default=0),
     )
@@ -112,7 +112,7 @@ def draw_figure(rows: list[list[Cell]], scales: Scales | None = None) -> 'Figure
     scales = scales or common_scales(cell for row in rows for cell in row)
     columns = max(map(len, rows))
     width = WIDTHS.get(columns, NARROW)
-    if columns > 1 and scales.crowded:
+    if columns > 1 and scales.dense:
         width *= 1.4
     heights = [
         max(width * drawing.panel_aspect(view) + 0.2 + 0.18 * len(title.splitlines()) for view, _, title in row)

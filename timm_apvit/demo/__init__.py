@@ -1,0 +1,1 @@
+"""A page on which one sees what a model looks at."""

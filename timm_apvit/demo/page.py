@@ -1,0 +1,196 @@
+"""A page on which one sees what a model looks at. Needs Gradio."""
+
+import threading
+from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from timm.data import ImageNetInfo
+from torch import Tensor
+
+from timm_apvit.failures import one_line
+from timm_apvit.finetuning.baseline import create_baseline
+from timm_apvit.finetuning.config import settings_of_run
+from timm_apvit.finetuning.evaluation import images_per_second
+from timm_apvit.finetuning.models import address_of, create_model
+from timm_apvit.finetuning.settings import Settings
+from timm_apvit.models.attention import attends
+from timm_apvit.models.mixin import APViT
+from timm_apvit.patching.transforms import TRANSFORMS
+from timm_apvit.pictures.figures import load_drawing
+from timm_apvit.pictures.images import image_config, read_image
+from timm_apvit.pictures.plots import COLOURED_BY, plot_patches
+
+EXAMPLES = Path(__file__).parent / 'examples'
+OWN = "the model's own"
+DPI, BEST = 110, 5
+UNREAD = '. The attention of this model cannot be read.'
+# Models that stay loaded, and seconds for which each is timed.
+KEPT, SECONDS = 4, 0.3
+IMAGENET = 1000
+
+
+class Seen(NamedTuple):
+    """What the page shows of an image.
+
+    Attributes:
+        picture: outlines, patches and the fixed grid, ``(h, w, 3)``, bytes.
+        classes: probabilities of the likeliest classes by their names; None: the model has no classifier.
+        times: a sentence.
+    """
+
+    picture: Any
+    classes: dict[str, float] | None
+    times: str
+
+
+class Viewer:
+    """Models by their names, and what each sees.
+
+    Args:
+        random: whether registered models have random weights, which need no network, and patches at random.
+        device: of the models.
+    """
+
+    def __init__(self, random: bool = False, device: str = 'cpu') -> None:
+        self.random, self.device = random, device
+        self._lock = threading.Lock()  # a model has one number of patches at a time
+        self.load: Callable[[str, str | None], APViT] = lru_cache(KEPT)(self._load)
+
+    def _load(self, name: str, transform: str | None) -> APViT:
+        if not name:
+            raise ValueError('expected a model, got none')
+        address = address_of(name)
+        random = self.random and address == name
+        torch.manual_seed(0)
+        model: APViT = create_model(Settings(model=address, transform=transform), None, not random)
+        if random:
+            for layer in model.patch_embed.patching.localizer.fields.values():
+                torch.nn.init.normal_(layer.weight, std=0.2)
+        model.to(self.device).eval()
+        return model
+
+    def numbers(self, name: str, transform: str = OWN) -> tuple[int, int]:
+        """The most patches that the page offers, those of the base grid, and those that the model has."""
+        with self._lock:
+            model = self.load(name, None if transform == OWN else transform)
+            rows, columns = model.patch_embed.grid_size
+            return max(rows * columns, model.num_patches), model.num_patches
+
+    @torch.inference_mode()
+    def see(self, name: str, transform: str, source: Any, num_patches: int, color_by: str) -> Seen:
+        """What a model sees of an image with so many patches.
+
+        Raises:
+            ValueError, OSError: no such model, image or number, in a sentence.
+        """
+        with self._lock:
+            model = self.load(name, None if transform == OWN else transform)
+            image = read_image(source, image_config(model)['input_size'][0])
+            unread = color_by == 'attention' and not attends(model)
+            own = model.patch_embed.requested
+            if int(num_patches) != model.num_patches:  # else it has the layout that it was made with
+                model.set_num_patches(int(num_patches))
+            try:
+                colour = 'order' if unread else color_by
+                figure = plot_patches(model, image, panels=('outlines', 'adaptive', 'fixed'), color_by=colour)
+                batch = self._batch(model, image)
+                classes = probabilities(model, name, model(batch)[0]) if model.num_classes else None
+                times = self._times(model, batch) + UNREAD * unread
+            finally:
+                model.set_num_patches(own)
+        return Seen(load_drawing().rendered(figure, DPI), classes, times)
+
+    def _batch(self, model: APViT, image: Tensor) -> Tensor:
+        config = image_config(model)
+        mean, std = (torch.tensor(config[key]).view(-1, 1, 1) for key in ('mean', 'std'))
+        return ((image - mean) / std)[None].to(self.device)
+
+    def _times(self, model: APViT, batch: Tensor) -> str:
+        baseline = create_baseline(model).to(self.device).eval()
+        own, fixed = (
+            1000 / images_per_second(lambda each=each: each(batch), 1, SECONDS)  # type: ignore[misc]
+            for each in (model, baseline)
+        )
+        grid = 'x'.join(map(str, baseline.patch_embed.grid_size))  # type: ignore[union-attr, arg-type]
+        return f'{own:.1f} ms an image; {fixed:.1f} ms for the ViT on a fixed grid of {grid} of the image made smaller'
+
+
+def probabilities(model: APViT, name: str, logits: Tensor) -> dict[str, float]:
+    """The likeliest classes, by their names where these are known."""
+    names = model.pretrained_cfg.get('label_names')
+    if names is None and model.num_classes == IMAGENET and not Path(name).exists():
+        info = ImageNetInfo('imagenet-1k')
+        names = [info.index_to_description(n) for n in range(IMAGENET)]
+    run = settings_of_run(name)
+    several = run is not None and run.multi_label
+    shares = torch.sigmoid(logits.float()) if several else torch.softmax(logits.float(), dim=0)
+    found = shares.topk(min(BEST, len(logits)))
+    return {
+        str(names[n] if names else n): value
+        for n, value in zip(found.indices.tolist(), found.values.tolist(), strict=True)
+    }
+
+
+def page(viewer: Viewer, model: str) -> Any:
+    """The page, as a ``gradio.Blocks``."""
+    gradio = load_gradio()
+
+    def guarded(act: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*values: Any) -> Any:
+            try:
+                return act(*values)
+            except (ValueError, TypeError, OSError, ImportError) as error:
+                raise gradio.Error(one_line(error), title='This does not work') from error
+
+        return run
+
+    def changed(name: str, transform: str) -> Any:
+        most, own = viewer.numbers(name, transform)
+        return gradio.Slider(maximum=most, value=own)
+
+    def shown(name: str, transform: str, source: str | None, number: float, color_by: str) -> Any:
+        if source is None:
+            return None, None, 'Take one of the examples, or drop a photograph.'
+        return viewer.see(name, transform, source, int(number), color_by)
+
+    most, own = viewer.numbers(model)
+    registered = ['apvit_tiny', 'apvit_small', 'apvit_base', 'apvit_small_patch14_dinov2']
+    with gradio.Blocks(title='timm_apvit', analytics_enabled=False) as blocks:
+        gradio.Markdown('# Where a Vision Transformer with adaptive patches looks')
+        with gradio.Row():
+            with gradio.Column(scale=1):
+                source = gradio.Image(label='Photograph', sources=['upload', 'clipboard'], type='filepath')
+                # The path of the file, whatever is in it: what is wrong with it we say ourselves.
+                source.preprocess = lambda payload: None if payload is None else payload.path
+                gradio.Examples([[str(path)] for path in sorted(EXAMPLES.glob('*.jpg'))], [source])
+                name = gradio.Dropdown(
+                    list(dict.fromkeys([model, *registered])), value=model, allow_custom_value=True, label='Model'
+                )
+                number = gradio.Slider(1, most, own, step=1, label='Patches')
+                transform = gradio.Dropdown([OWN, *TRANSFORMS], value=OWN, label='What a patch may do')
+                color_by = gradio.Radio(list(COLOURED_BY), value=COLOURED_BY[0], label='Colour by')
+            with gradio.Column(scale=2):
+                picture = gradio.Image(show_label=False, format='png')
+                times = gradio.Markdown()
+                classes = gradio.Label(label='Classes', num_top_classes=BEST)
+        inputs, outputs = [name, transform, source, number, color_by], [picture, classes, times]
+        see = guarded(shown)
+        for each in (source.change, color_by.change, number.release):
+            each(see, inputs, outputs)
+        for each in (name.change, transform.change):
+            each(guarded(changed), [name, transform], number).success(see, inputs, outputs)
+    return blocks
+
+
+def load_gradio() -> Any:
+    """Gradio; ModuleNotFoundError that says how to get it."""
+    try:
+        import gradio
+    except ModuleNotFoundError as error:
+        if error.name != 'gradio':
+            raise
+        raise ModuleNotFoundError("the demo needs Gradio: pip install 'timm-apvit[demo]'") from None
+    return gradio
