@@ -7,6 +7,7 @@ import timm
 import torch
 from conftest import create, randomise
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from timm_apvit import TRANSFORMS, interpolate_pos_embed, resample_pos_embed
@@ -17,7 +18,7 @@ from timm_apvit.patching.sampling import mip_pyramid, sample_patches
 # (It replaces `replication_pad2d` itself, and makes `index_put` and `scatter_add` sort.)
 REFUSED = (
     'adaptive_avg_pool2d_backward', 'adaptive_avg_pool3d_backward', 'adaptive_max_pool', 'avg_pool3d_backward',
-    'bincount', 'ctc_loss_backward', 'embedding_bag', 'fractional_max_pool', 'grid_sampler_2d_backward',
+    'bincount', 'ctc_loss_backward', 'cumsum', 'embedding_bag', 'fractional_max_pool', 'grid_sampler_2d_backward',
     'grid_sampler_3d_backward', 'histc', 'max_unpool', 'median', 'nanmedian', 'kthvalue', 'nll_loss2d', 'put',
     'reflection_pad1d_backward', 'reflection_pad2d_backward', 'reflection_pad3d_backward', 'resize_quantized',
     'upsample_bicubic2d_backward', 'upsample_bilinear2d_backward', 'upsample_linear1d_backward',
@@ -171,8 +172,9 @@ def test_no_operator_that_cuda_refuses_runs_in_a_training_step(kwargs, of_image)
             assert torch.equal(again, first)
 
 
-def test_no_operator_that_cuda_refuses_runs_in_a_glance():
-    model = create(num_patches=9, localizer='glance')
+@pytest.mark.parametrize('crowd', [0.0, 0.5])
+def test_no_operator_that_cuda_refuses_runs_in_a_glance(crowd):
+    model = create(num_patches=9, localizer={'name': 'glance', 'crowd': crowd})
     randomise(model.patch_embed.patching, std=0.2)
     image, results = torch.randn(2, 3, 40, 64), []
     for mode in (False, True):
@@ -183,6 +185,29 @@ def test_no_operator_that_cuda_refuses_runs_in_a_glance():
         results.append([logits, *(p.grad.clone() for p in model.parameters() if p.grad is not None)])
         assert (operators.refused == []) == mode
     assert_all_close(results[1], results[0], 1e-4)
+
+
+class Copied(TorchFunctionMode):
+    """Notes what makes a tensor of Python's numbers, which on CUDA waits for the CPU and cannot be captured."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func.__name__ in ('tensor', 'as_tensor', 'new_tensor', 'from_numpy', 'item', 'tolist', '__bool__'):
+            self.names.append(func.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize('localizer', ['cnn', 'glance', {'name': 'glance', 'crowd': 0.5}])
+def test_a_forward_copies_nothing_to_the_device_and_waits_for_nothing(localizer):
+    model, image = create(num_classes=3, depth=2, num_patches=9, localizer=localizer), torch.randn(2, 3, 96, 96)
+    randomise(model)
+    with Copied() as copied:
+        model(image)
+        model.train()(image)
+    assert copied.names == []
 
 
 @pytest.mark.gpu

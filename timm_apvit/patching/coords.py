@@ -35,6 +35,11 @@ def cell_index(coordinate: Tensor, count: int) -> Tensor:
     return (coordinate + 1) * (count / 2) - 0.5
 
 
+def vector_on(values: Sequence[float], device: torch.device) -> Tensor:
+    """Some numbers as a tensor, float32, made on the device: a copy would stop a GPU, and a CUDA graph forbids it."""
+    return torch.stack([torch.full((), value, dtype=torch.float32, device=device) for value in values])
+
+
 def sample_grid(patch_size: tuple[int, int], device: torch.device) -> Tensor:
     """Patch-local sample positions of a patch of ``(P_h, P_w)`` pixels: ``(P_h, P_w, 2)``, float32."""
     rows = torch.arange(patch_size[0], device=device, dtype=torch.float32)
