@@ -29,6 +29,8 @@ EMBEDDED_MODEL_KWARGS: dict[str, Any] = {
     'depth': 4,
     'num_heads': 4,
     'max_shift': 1.5,
+    # Half of the usual side: 0.946 to 0.971 with the seeds 0 to 4, where that has 0.924 to 0.952, and in less time.
+    'localizer': {'name': 'cnn', 'side': 32},
     # Without these three a ViT this small takes several times as long to learn anything at all from scratch.
     'class_token': False,
     'global_pool': 'avg',
@@ -67,7 +69,8 @@ def with_defaults(settings: Settings) -> Settings:
     if settings.model is None:
         changes['model'] = EMBEDDED_MODEL if embedded else 'apvit_small'
         if embedded:
-            changes['model_kwargs'] = {**EMBEDDED_MODEL_KWARGS, **settings.model_kwargs}
+            own = {k: v for k, v in EMBEDDED_MODEL_KWARGS.items() if k != 'localizer' or settings.localizer is None}
+            changes['model_kwargs'] = {**own, **settings.model_kwargs}
             open_ = [name for name in EMBEDDED if getattr(settings, name) is None and name not in settings.model_kwargs]
             changes.update({name: EMBEDDED[name] for name in open_})
     fine_tuned = settings.pretrained or settings.checkpoint is not None
