@@ -1,6 +1,6 @@
 """Do adaptive patches pay for segmentation and detection? On photographs with several things, with pretrained weights.
 
-    python benchmarks/dense.py --weights FILE [--task segmentation] [--contestants fixed selected] [--tokens 64]
+    python benchmarks/dense.py --weights FILE [--task segmentation] [--contestants fixed crowded] [--tokens 64]
 
 Two recipes that one can start from: a decoder of segmentation_models_pytorch, and torchvision's FCOS, on the pyramid of
 an APViT (`timm_apvit.pyramid`). Contestants differ in where their patches lie and in nothing else; each run has a file
@@ -11,7 +11,6 @@ import argparse
 import contextlib
 import io
 import json
-import math
 import sys
 import time
 from collections.abc import Iterator
@@ -33,16 +32,17 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 import timm_apvit
 from timm_apvit.finetuning.values import number
 from timm_apvit.learning.parameter_groups import param_groups
-from timm_apvit.learning.saliency import saliency_loss
+from timm_apvit.learning.saliency import fit_saliency, saliency_loss
 from timm_apvit.models.attention import calls_of
 
 RESULTS = Path(__file__).parent / 'results'
 SCENE = Scene(areas=(0.005, 0.1))
-NAME, CLASSES, CHANNELS = 'apvit_small_patch14_dinov2', len(CATEGORIES) + 1, 48
+NAME, CLASSES = 'apvit_small_patch14_dinov2', len(CATEGORIES) + 1
+CHANNELS = {'segmentation': 48, 'detection': 64}
 # Of a thing's box, in pixels: those below are small.
 SMALL = 0.02 * SCENE.side**2
 # In results and in this order in the table; metrics of a task, the first of which is what it is about.
-CONTESTANTS = ('fixed', 'moving', 'selected')
+CONTESTANTS = ('fixed', 'moving', 'crowded')
 METRICS = {
     'segmentation': ('miou', 'iou_foreground', 'recall_small'),
     'detection': ('ap50', 'ap50_small', 'ap50_large', 'ap'),
@@ -60,23 +60,21 @@ def arguments_of(contestant: str, tokens: int) -> dict[str, Any]:
         return {'num_patches': tokens, **STILL}
     if contestant == 'moving':  # each patch by the localisation network, within its bounds
         return {'num_patches': tokens, 'max_shift': 2.0, 'max_zoom': 3.0}
-    # A coarse grid of all of the image, and patches on those cells of a fine one that a glance chooses.
-    fine = 3 * tokens // 4
-    layout = {'name': 'coarse_fine', 'coarse': tokens - fine, 'fine': fine, 'coarse_motion': 0.0}
-    cells = round(math.sqrt(9 * tokens / 4))
-    return {'num_patches': layout, 'localizer': {'name': 'glance', 'grid': 8, 'blocks': 3, 'select': cells}}
+    # A glance crowds them, and the localisation network does not move them further.
+    glance = {'name': 'glance', 'grid': 10, 'blocks': 3, 'crowd': 0.7}
+    return {'num_patches': tokens, 'localizer': glance, 'max_shift': 0.0, 'max_zoom': 1.0}
 
 
 def create(task: str, contestant: str, tokens: int, weights: Path, **kwargs: Any) -> tuple[nn.Module, nn.Module]:
     """The whole model, and the APViT in it."""
     overlay = {'file': str(weights), 'custom_load': False, 'num_classes': 0, 'input_size': (3, 518, 518)}
     arguments = {
-        'pretrained_cfg_overlay': overlay, 'img_size': SCENE.side, 'out_channels': CHANNELS,
+        'pretrained_cfg_overlay': overlay, 'img_size': SCENE.side, 'out_channels': CHANNELS[task],
         **arguments_of(contestant, tokens), **kwargs,
     }  # fmt: skip
     if task == 'segmentation':
         model = smp.Segformer(
-            f'tu-pyramid.{NAME}', encoder_weights=True, classes=CLASSES, decoder_segmentation_channels=CHANNELS,
+            f'tu-pyramid.{NAME}', encoder_weights=True, classes=CLASSES, decoder_segmentation_channels=CHANNELS[task],
             **arguments,
         )  # fmt: skip
         return model, model.encoder.model.vit
@@ -197,6 +195,11 @@ def run(options: argparse.Namespace, contestant: str, tokens: int, seed: int) ->
     cost = multiply_adds(options.task, model.eval())
     train = Populated(SCENE, 'train', options.images // 4, seed + 1)
     test = Populated(SCENE, 'test', options.test_images, TEST_SEED)
+    begin = time.perf_counter()
+    if contestant == 'crowded':
+        fit_saliency(
+            vit, ((images, wanted_places(places)) for images, places in batches(train, 1, options.batch, seed))
+        )
     groups = param_groups(vit, options.lr, 0.05, 0.75, options.localizer_lr_scale)
     inside = set(vit.parameters())
     groups.append({'params': [p for p in model.parameters() if p not in inside], 'lr': 1e-3, 'weight_decay': 0.05})
@@ -205,12 +208,12 @@ def run(options: argparse.Namespace, contestant: str, tokens: int, seed: int) ->
     rates = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, [group['lr'] for group in groups], total_steps=updates, pct_start=0.1, cycle_momentum=False
     )
-    score, curve, begin = {'segmentation': segmented, 'detection': detected}[options.task], [], time.perf_counter()
+    score, curve = {'segmentation': segmented, 'detection': detected}[options.task], []
     seconds = 0.0
     for update, (images, places) in enumerate(batches(train, 4, options.batch, seed), 1):
         with calls_of(vit.patch_embed) as seen:
             loss = loss_of(options.task, model.train(), images, places)
-        if contestant == 'selected':
+        if contestant == 'crowded':
             loss = loss + options.saliency_weight * saliency_loss(seen[-1][1].geometry, wanted_places(places))
         optimizer.zero_grad()
         loss.backward()

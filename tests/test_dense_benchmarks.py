@@ -1,15 +1,22 @@
 """The benchmarks of maps, of segmentation and detection, and of what frozen features tell."""
 
+import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import timm
 import torch
+from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).parents[1] / 'benchmarks'))
 
+import growth
 import maps
 import probe
+
+from timm_apvit.learning.saliency import fit_saliency
 
 
 def test_a_probe_reads_what_features_tell():
@@ -67,3 +74,54 @@ def test_dense_tasks_are_scored():
     assert dense.detected(Told([[moved]]), samples, 1)['ap50_small'] == pytest.approx(0.5)
     target = dense.wanted_places([Places(torch.zeros(448, 448, dtype=torch.uint8), torch.zeros(0, 4), torch.zeros(0))])
     assert target.sum() == pytest.approx(dense.EVEN)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('task', ['segmentation', 'detection'])
+@pytest.mark.parametrize('contestant', ['fixed', 'moving', 'crowded'])
+def test_contestants_of_dense_tasks_take_a_step(task, contestant, tmp_path, monkeypatch):
+    for library in ('pycocotools', 'segmentation_models_pytorch', 'torchvision'):
+        pytest.importorskip(library)
+    import dense
+    from photographs import Places
+
+    weights = tmp_path / 'weights.safetensors'
+    save_file(timm.create_model('test_vit').state_dict(), weights)
+    monkeypatch.setattr(dense, 'NAME', 'test_apvit')
+    overlay = {'pretrained_cfg_overlay': {'file': str(weights), 'input_size': (3, 160, 160)}}
+    model, vit = dense.create(task, contestant, 16, weights, **overlay)
+    mask = torch.zeros(448, 448, dtype=torch.uint8)
+    mask[100:200, 50:150] = 3
+    places = [Places(mask, torch.tensor([[50.0, 100, 150, 200]]), torch.tensor([3]))] * 2
+    images = torch.randn(2, 3, 448, 448)
+    if contestant == 'crowded':
+        fit_saliency(vit, [(images, dense.wanted_places(places))], epochs=1)
+    loss = dense.loss_of(task, model.train(), images, places)
+    loss.backward()
+    assert loss.isfinite()
+    assert vit.num_patches == 16
+    assert dense.multiply_adds(task, model.eval()) > 0
+    assert vit.patch_embed.proj.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.skipif(not Path('/proc/self/clear_refs').exists(), reason='Peak memory is measured on Linux only.')
+def test_growth_is_measured_drawn_and_has_slopes(monkeypatch, tmp_path):
+    assert growth.slope([(n, 3 * n**2) for n in (1, 2, 4, 8)]) == pytest.approx(2)
+    for name, value in {'NAME': 'test_apvit', 'VIT': 'test_vit', 'SOURCE': 64, 'FEW': 4, 'LARGEST': 64}.items():
+        monkeypatch.setattr(growth, name, value)
+    monkeypatch.setattr(growth.subprocess, 'run', lambda *args, **kwargs: SimpleNamespace(stdout='7.5'))
+    output = tmp_path / 'growth.json'
+    arguments = ['--tokens', '4', '9', '--sides', '64', '96', '--rounds', '1', '--output', str(output)]
+    monkeypatch.setattr(growth.sys, 'argv', ['growth.py', *arguments])
+    monkeypatch.setattr(growth.torch, 'set_num_threads', lambda number: None)
+    growth.main()
+    found = json.loads(output.read_text())
+    assert [sorted(row.keys() - {'sides', 'tokens'}) for row in found['sides']] == [
+        ['apvit', 'vit', 'whole'],
+        ['apvit', 'vit'],
+    ]
+    assert found['slopes']['tokens'].keys() == {'apvit', 'vit'}
+    assert found['slopes']['sides']['vit']['mib'] == 0
+    assert output.with_suffix('.png').stat().st_size > 10_000
+    assert output.with_suffix('.md').read_text().count('slope') == 2
+    assert growth.peak('whole', 'sides', 1024) > growth.peak('whole', 'sides', 64) + 5

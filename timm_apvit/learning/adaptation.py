@@ -28,16 +28,18 @@ def adaptation(model: APViT, images: Tensor) -> dict[str, float]:
     check_apvit(model)
     with in_eval_mode(model):
         seen = model.patch_embed(images)
-    centres, extents = seen.geometry.in_window()
-    anchors = seen.layout.anchors(centres.device)
+    geometry, anchors = seen.geometry, seen.layout.anchors(images.device)
+    # In a window they are compared with its grid, which says the rest; that they crowd is how they adapt.
+    crowds = geometry.window is None
+    centres, extents = (geometry.centres, geometry.extents) if crowds else geometry.in_layout(anchors)
     moved = ((centres - anchors.centres) / anchors.extents).norm(dim=-1)
     zoomed = (extents / anchors.extents).log().abs().mean(dim=-1)
     found = {
         'patch_shift': float(moved.mean()),
         'patch_zoom': math.expm1(float(zoomed.mean())),
-        'patch_turn': math.degrees(float(seen.geometry.rotation.abs().mean())),
+        'patch_turn': math.degrees(float(geometry.rotation.abs().mean())),
     }
-    window: Any = seen.geometry.window
+    window: Any = geometry.window
     if window is not None:
         found['window_size'] = float(window[:, 2].mean())
         found['window_whole'] = float((window[:, 2] == 1).float().mean())

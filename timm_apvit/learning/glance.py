@@ -46,9 +46,24 @@ def fit_glance(
     Raises:
         ValueError: a model without a glance, in float16 or frozen, epochs below 1, or no images.
     """
+    return fit_evidence(
+        model, batches, lambda evidence, targets: loss(answer_of(evidence), targets), epochs, lr, most_images
+    )
+
+
+def fit_evidence(
+    model: APViT,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    loss: Callable[[Tensor, Tensor], Tensor],
+    epochs: int,
+    lr: float,
+    most_images: int,
+) -> float:
+    """As `fit_glance`, for a loss of evidence ``(B, places, classes)``."""
     localizer = glance_of(model)
-    if not isinstance(epochs, int) or epochs < 1:
-        raise ValueError(f'expected epochs to be an integer >= 1, got {epochs!r}')
+    for name, count in (('epochs', epochs), ('most_images', most_images)):
+        if not isinstance(count, int) or count < 1:
+            raise ValueError(f'expected {name} to be an integer >= 1, got {count!r}')
     if next(localizer.parameters()).dtype == torch.float16:
         raise ValueError('expected parameters in float32 or bfloat16, got float16, in which fitting overflows')
     tokens, targets = _seen(model, localizer, batches, most_images)
@@ -68,7 +83,7 @@ def fit_glance(
             for chosen in torch.split(torch.randperm(len(tokens)), BATCH_SIZE):
                 batch = tokens[chosen].to(device).float()
                 evidence = localizer.evidence_of(F.dropout(localizer.norm(batch), DROPOUT))
-                value = loss(answer_of(evidence), targets[chosen].to(device))
+                value = loss(evidence, targets[chosen].to(device))
                 optimizer.zero_grad()
                 value.backward()  # type: ignore[no-untyped-call]
                 optimizer.step()
@@ -82,7 +97,8 @@ def fit_glance(
 def collapsed(model: APViT, images: Tensor) -> str | None:
     """What is wrong with where images ``(B, C, H, W)`` are looked at, in a sentence; None: it differs, or they are few.
 
-    A glance that found nothing sees all images whole; one that learnt a habit looks at the same place in all of them.
+    A glance that found nothing sees all images whole, or evenly; one whose window became a habit looks at the same
+    place in all of them.
 
     Raises:
         ValueError: a model without a glance.
@@ -91,9 +107,9 @@ def collapsed(model: APViT, images: Tensor) -> str | None:
     with in_eval_mode(model):
         geometry = model.patch_geometry(images)
     window, saliency = geometry.window, geometry.saliency
-    if window is None:  # it selects cells
+    if window is None:  # patches crowd instead
         flat = saliency is not None and bool((saliency.amax(dim=(1, 2)) - saliency.amin(dim=(1, 2)) < 0.01).all())
-        return 'The glance finds nothing yet: all cells matter alike.' if flat and len(images) >= 8 else None
+        return 'The glance finds nothing yet: all places matter alike.' if flat and len(images) >= 8 else None
     if len(window) < 8:
         return None
     if (window[:, 2] == 1).all():
@@ -125,6 +141,10 @@ def _seen(
             pyramid = mip_pyramid(canvas, localizer.level((canvas.shape[2], canvas.shape[3])) + 1)
             tokens.append(localizer.tokens(pyramid)[0].to('cpu', torch.bfloat16))
             targets.append(wanted)
+            if len(wanted) != len(images) or tokens[-1].shape[1] != tokens[0].shape[1]:
+                raise ValueError(
+                    f'expected images of one size, each with its target, got {list(images.shape)} and {len(wanted)}'
+                )
             if sum(map(len, tokens)) >= most:
                 break
     if not sum(map(len, tokens)):

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from timm_apvit.patching.coords import cell_centres, cell_index, in_float32
+from timm_apvit.patching.coords import cell_centres, cell_index, in_float32, vector_on
 from timm_apvit.patching.geometry import PatchGeometry
 
 # In cells: less than that of a patch beyond a cell's edge is rounding.
@@ -176,7 +176,7 @@ def _all_weights(geometry: PatchGeometry, grid_size: tuple[int, int]) -> SplatWe
 def _touched(geometry: PatchGeometry, grid_size: tuple[int, int]) -> tuple[Tensor, Tensor]:
     """First column and row of the grid that each patch touches, and the ones after its last: ``(B, N, 2)`` each."""
     with torch.no_grad():
-        size = torch.tensor([grid_size[1], grid_size[0]], device=geometry.centres.device)
+        size = vector_on((grid_size[1], grid_size[0]), geometry.centres.device)
         matrices = geometry.image_from_patch
         across = _area_and_inverse(matrices)[1].abs() / size
         soft = (SOFT - across.sum(dim=-1)).clamp(min=0.0)  # how much farther than itself a patch has a weight

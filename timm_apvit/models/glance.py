@@ -18,7 +18,7 @@ from timm_apvit.patching.anchors import Anchors, Layout, rows_of
 from timm_apvit.patching.coords import check_counts, check_number, in_float32
 from timm_apvit.patching.deterministic import grid_sample
 from timm_apvit.patching.layers import LayerNorm, Linear, ScaleKeeping, ZeroLinear
-from timm_apvit.patching.localizers import Localizer, Look, register_localizer
+from timm_apvit.patching.localizers import MOST_CROWD, Localizer, Look, register_localizer
 from timm_apvit.patching.windows import best_window
 
 
@@ -50,9 +50,9 @@ class GlanceLocalizer(ScaleKeeping, Localizer):
         grid: rows and columns of the glance at a square image; others have about as many cells.
         width: of the hidden layers.
         max_focus: largest factor by which a window closes in; 1: it is the whole image.
-        select: rows and columns of a grid, ``(h, w)``, or their number if they are as many; instead of a window about
-            them all, each patch that may move (``motion`` of its anchor above 0) goes to one of the cells that matter
-            most, new to some all over the image. For images in which several places do.
+        crowd: share of the patches, within [0, 0.9], that crowd where it matters, instead of a window about them all:
+            rows, and the patches in each, become narrow there and wide elsewhere, so that all of the image is seen
+            still. For images in which several places matter; ``max_focus`` does nothing then.
         answer_drop: share of the images in train mode to which the glance's answer is not added, so that the ViT
             learns to answer by itself.
         classes: numbers of classes, 0 for pooled features, that it learnt to tell, the last ones last; the others still
@@ -61,7 +61,7 @@ class GlanceLocalizer(ScaleKeeping, Localizer):
         dtype: of the parameters.
 
     Raises:
-        ValueError: a count below 1, more blocks than the ViT has, or a ViT that drops patches in train mode.
+        ValueError: a number out of range, more blocks than the ViT has, or a ViT that drops patches in train mode.
     """
 
     under_autocast = True
@@ -75,7 +75,7 @@ class GlanceLocalizer(ScaleKeeping, Localizer):
         grid: int = 12,
         width: int = 256,
         max_focus: float = 3.0,
-        select: int | Sequence[int] | None = None,
+        crowd: float = 0.0,
         answer_drop: float = 0.5,
         classes: Sequence[int] = (),
         device: Any = None,
@@ -88,8 +88,7 @@ class GlanceLocalizer(ScaleKeeping, Localizer):
         self.widths, self.factory = dict(fields), {'device': device, 'dtype': dtype}
         self.blocks, self.grid, self.width = blocks or 0, grid, width
         self.max_focus = check_number('max_focus', max_focus, 1)
-        counts = None if select is None else check_counts('select', 'h, w', select)
-        self.select = (counts, counts) if isinstance(counts, int) else counts
+        self.crowd = check_number('crowd', crowd, 0, MOST_CROWD)
         self.answer_drop = check_number('answer_drop', answer_drop, 0, 1)
         if not (isinstance(classes, Sequence) and all(type(n) is int and n >= 0 for n in classes)):
             raise ValueError(f'expected classes to be numbers of classes >= 0, got {classes!r}')
@@ -188,13 +187,14 @@ class GlanceLocalizer(ScaleKeeping, Localizer):
             answer = answer_of(evidence)
             if self.training and self.answer_drop > 0:
                 answer = answer * (torch.rand(answer.shape[0], 1, device=answer.device) >= self.answer_drop)
-            saliency = torch.logsumexp(evidence, dim=2).reshape(-1, *grid)
+            saliency = saliency_of(evidence).reshape(-1, *grid)
             # What moves a patch is no lesson for the ViT, and what a window misses none for the saliency.
             places = self.place(tokens.detach()).reshape(-1, *grid, self.width)
             memory = places.movedim(-1, 1)
-            if self.select is None:
+            if not self.crowd:
                 return Look(memory, best_window(saliency, self.max_focus), saliency, answer)
-            return Look(memory, None, saliency, answer, resized(saliency.detach(), self.select))
+            density = torch.softmax(saliency.detach().flatten(1), dim=1).reshape(saliency.shape)
+            return Look(memory, None, saliency, answer, density)
 
     def tokens(self, pyramid: list[Tensor]) -> tuple[Tensor, tuple[int, int]]:
         """Tokens of a coarse grid over the whole image, after the first blocks, ``(B, h * w, D)``; and h, w."""
@@ -256,16 +256,14 @@ def glances(model: Any) -> bool:
     return isinstance(model.patch_embed.patching.localizer, GlanceLocalizer)
 
 
-def resized(saliency: Tensor, size: tuple[int, int]) -> Tensor:
-    """Logits of places ``(B, h, w)`` on another grid: between them, or the largest that a coarser cell holds."""
-    if size[0] < saliency.shape[1] or size[1] < saliency.shape[2]:
-        return F.adaptive_max_pool2d(saliency, size)
-    return F.interpolate(saliency.unsqueeze(1), size, mode='bilinear').squeeze(1)
-
-
 def answer_of(evidence: Tensor) -> Tensor:
     """Evidence in all places ``(B, T, classes)`` together: ``(B, classes)``."""
     return torch.logsumexp(evidence, dim=1)
+
+
+def saliency_of(evidence: Tensor) -> Tensor:
+    """How much evidence ``(B, T, classes)`` each place has, whatever it is of: logits ``(B, T)``."""
+    return torch.logsumexp(evidence, dim=2)
 
 
 register_localizer('glance', GlanceLocalizer)

@@ -15,7 +15,7 @@ from timm_apvit.patching.geometry import PatchGeometry
 from timm_apvit.patching.layer import AdaptivePatching
 from timm_apvit.patching.layers import ZeroLinear
 
-# What a patch covers, and where the window lies.
+# What a patch covers, and where it started from.
 GEOMETRY_FEATURES = 7 + 3
 # What an adaptive embedding has of the one that it was made of.
 SIZES = ('img_size', 'patch_size', 'grid_size', 'num_patches')
@@ -28,8 +28,8 @@ class PatchTokens(NamedTuple):
     Attributes:
         tokens: ``(B, N, D)``.
         geometry: where their patches lie.
-        positions: centres (x, y) in the frame in which the ViT is to be told them, that of the window if there is one:
-            a pretrained ViT knows crops as whole images, ``(B, N, 2)``.
+        positions: centres (x, y) in the frame in which the ViT is to be told them, that of the layout: a pretrained ViT
+            knows crops, and images that are drawn out of shape, as whole ones, ``(B, N, 2)``.
         layout: of the anchors; the position embedding is to be resampled to its grids before it is read: large cells
             would alias it, as they would alias the image.
         base_grid: ``(gh, gw)`` of cells in which positions are told to a rotary embedding.
@@ -47,11 +47,12 @@ class PatchTokens(NamedTuple):
 def geometry_features(geometry: PatchGeometry, anchors: Anchors, grid_size: tuple[int, int]) -> Tensor:
     """What a patch covers, beyond where its centre is: ``(B, N, 10)``; zero for a cell of ``grid_size`` in its place.
 
-    In the frame of the window: log half-extents against such a cell, way from the anchor in such cells, sine and cosine
-    (less 1) of the rotation, shear. Then of the window: centre (x, y) and log half-extent, zero if it is the image. The
-    same for all families, so that checkpoints fit: of a warp nothing is told.
+    In the frame of the layout: log half-extents against such a cell, way from the anchor in such cells, sine and cosine
+    (less 1) of the rotation, shear. Then of the window: centre (x, y) and log half-extent, zero if it is the image; or
+    the way of its anchor from where the layout has it, and the logarithm of how much larger. The same for all families,
+    so that checkpoints fit: of a warp nothing is told.
     """
-    centres, extents = geometry.in_window()
+    centres, extents = geometry.in_layout(anchors)
     moved = centres - anchors.centres
     rotation = geometry.rotation
     features = [
@@ -64,8 +65,11 @@ def geometry_features(geometry: PatchGeometry, anchors: Anchors, grid_size: tupl
         geometry.shear,
     ]
     own = torch.stack(features, dim=-1)
-    if geometry.window is None:
+    if geometry.started is None:
         return F.pad(own, [0, 3])
+    if geometry.window is None:
+        size = torch.log(geometry.started.extents / anchors.extents).mean(dim=-1, keepdim=True)
+        return torch.cat([own, geometry.started.centres - anchors.centres, size], dim=-1)
     window = torch.cat([geometry.window[:, :2], torch.log(geometry.window[:, 2:])], dim=-1)
     return torch.cat([own, window.unsqueeze(1).expand(-1, own.shape[1], -1)], dim=-1)
 
@@ -177,9 +181,10 @@ class AdaptivePatchEmbed(PatchEmbed):  # type: ignore[misc]
     ) -> PatchTokens:
         dtype = self.proj.weight.dtype
         tokens = self.norm(self._project(patches.to(dtype)))
-        features = geometry_features(geometry, layout.anchors(patches.device), base_grid)
+        anchors = layout.anchors(patches.device)
+        features = geometry_features(geometry, anchors, base_grid)
         tokens = tokens + self.geometry_embed(features.to(dtype))
-        return PatchTokens(tokens, geometry, geometry.in_window()[0], layout, base_grid, shape)
+        return PatchTokens(tokens, geometry, geometry.in_layout(anchors)[0], layout, base_grid, shape)
 
     def _project(self, patches: Tensor) -> Tensor:
         """Project patches: ``(B, N, C, P_h, P_w)`` -> ``(B, N, D)``."""

@@ -18,6 +18,7 @@ from timm_apvit.models.apvit import twin_name
 from timm_apvit.models.dense import dense_map, splat_weights
 from timm_apvit.models.mixin import APViT, check_apvit, where_is
 from timm_apvit.models.vits import ADAPTIVE_CLASSES
+from timm_apvit.patching.coords import vector_on
 
 MAP_STRIDE = 16
 STRIDES = (2, 4, 8, 16, 32, 64)
@@ -112,8 +113,10 @@ class FeaturePyramid(nn.Module):
         features = vit.forward_intermediates(x, **arguments)[0]
         tiled = [length * patch for length, patch in zip(features.shape[-2:], vit.patch_embed.patch_size, strict=True)]
         across, down = size[1] / tiled[1], size[0] / tiled[0]
-        theta = features.new_tensor([[across, 0.0, across - 1], [0.0, down, down - 1]]).expand(len(x), 2, 3)
-        places = F.affine_grid(theta, [len(x), 1, *grid_size], align_corners=False)
+        theta = vector_on((across, 0.0, across - 1, 0.0, down, down - 1), features.device).to(features.dtype)
+        places = F.affine_grid(
+            theta.reshape(1, 2, 3).expand(len(x), 2, 3), [len(x), 1, *grid_size], align_corners=False
+        )
         return F.grid_sample(features, places, padding_mode='border', align_corners=False)
 
     def set_num_patches(self, num_patches: Any) -> None:
@@ -192,7 +195,7 @@ def pyramid(
 
 
 # As timm keeps an old name that still works out of ``list_models``: this one is of no use without the name of a ViT.
-_registry._deprecated_models['pyramid'] = None
+getattr(_registry, '_deprecated_models', {})['pyramid'] = None
 
 
 def _adaptive(name: str) -> bool:

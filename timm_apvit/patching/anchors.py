@@ -19,9 +19,6 @@ from timm_apvit.patching.parts import Parts
 # N, (gh, gw), or a layout by name: {'name': 'coarse_fine', 'coarse': 4, 'fine': [7, 7]}.
 NumPatches = int | Sequence[int] | Mapping[str, Any]
 
-# Differences of worth and of size that count as none.
-EVEN = 1e-4
-
 
 class Anchors(NamedTuple):
     """Where patches start from.
@@ -44,19 +41,48 @@ class Anchors(NamedTuple):
         extent = window[:, None, 2:]
         return self._replace(centres=window[:, None, :2] + extent * self.centres, extents=extent * self.extents)
 
-    def on_best(self, worth: Tensor, movable: list[int]) -> 'Anchors':
-        """Those of such numbers on the cells of a grid that are worth most, ``(B, h, w)``, one on each."""
-        (height, width), worth = worth.shape[1:], worth.flatten(1)
-        index = torch.arange(height * width, device=worth.device)
-        # Where cells are worth the same, those of a sequence that is spread evenly (Roberts 2018).
-        spread = (index % width) * 0.7548776662 + torch.div(index, width, rounding_mode='floor') * 0.5698402910
-        worth = worth - worth.amax(dim=1, keepdim=True) + EVEN * (spread % 1)
-        chosen = worth.topk(len(movable), dim=1).indices.sort(dim=1).values
-        cells = Rows(height * width, height).anchors(worth.device).centres
-        shape = [worth.shape[0], len(self.centres), 2]
-        centres, extents = self.centres.expand(shape).clone(), self.extents.expand(shape).clone()
-        centres[:, movable], extents[:, movable] = cells[chosen], extents.new_tensor([1 / width, 1 / height])
+    def crowded(self, density: Tensor, least: float) -> 'Anchors':
+        """Those that may move, denser where a density is: ``(N, 2)`` -> ``(B, N, 2)``, centres and half-extents.
+
+        Sampling by saliency, as Recasens et al. 2018 (https://arxiv.org/abs/1809.03355), but of whole patches: the
+        image is stretched along y, so that rows of one height hold as much of the density, then each row along x. So
+        anchors in rows that tile the image still do.
+
+        Args:
+            density: over the image, ``(B, h, w)``, above 0.
+            least: in a row no place has less than this share of its mean, or patches beside what matters would be wide
+                and flat: none is above ``(1 + least) / least`` times as wide as before.
+        """
+        low, high = ((edge + 1) / 2 for edge in (self.centres - self.extents, self.centres + self.extents))
+        rows = density.sum(dim=2).unsqueeze(1)  # (B, 1, h)
+        height = density.shape[1]
+        top, bottom = (_inverse_cdf(rows, edge[..., 1].unsqueeze(0)) for edge in (low, high))  # (B, N)
+        index = torch.arange(height, device=density.device)
+        end = torch.minimum(bottom.unsqueeze(-1) * height, index + 1)
+        held = (end - torch.maximum(top.unsqueeze(-1) * height, index)).clamp(min=0.0)  # (B, N, h)
+        own = (held.unsqueeze(-1) * density.unsqueeze(1)).sum(dim=2)  # no matrix product, which may round to TF32
+        own = (own / own.mean(dim=-1, keepdim=True)).clamp(min=least)
+        left, right = (_inverse_cdf(own, edge[..., 0].unsqueeze(0)) for edge in (low, high))
+        centres = torch.stack([left + right - 1, top + bottom - 1], dim=-1)
+        extents = torch.stack([right - left, bottom - top], dim=-1)
+        if self.motion is not None:
+            stays = self.motion == 0
+            centres, extents = torch.where(stays, self.centres, centres), torch.where(stays, self.extents, extents)
         return self._replace(centres=centres, extents=extents)
+
+
+def _inverse_cdf(weights: Tensor, share: Tensor) -> Tensor:
+    """Up to where cells that tile [0, 1] hold a share of all weights: ``(..., n)`` above 0, ``(...)`` -> ``(...)``."""
+    weights = weights / weights.sum(dim=-1, keepdim=True)
+    # No cumsum, which CUDA refuses where algorithms are to be deterministic.
+    before = torch.ones(weights.shape[-1], weights.shape[-1], device=weights.device).tril()
+    ends = (weights.unsqueeze(-2) * before).sum(dim=-1)
+    share = share.unsqueeze(-1)
+    shape = [*(share[..., 0] + weights[..., 0]).shape, weights.shape[-1]]
+    index = (ends[..., :-1] <= share).sum(dim=-1, keepdim=True)
+    left = (ends.expand(shape).gather(-1, index) - share) / weights.expand(shape).gather(-1, index)
+    place: Tensor = ((index + 1 - left) / shape[-1]).squeeze(-1).clamp(0.0, 1.0)
+    return place
 
 
 @dataclass(frozen=True)
@@ -133,22 +159,6 @@ class Layout:
     def num_patches(self) -> int:
         """N."""
         return sum(each.num_patches for each in self.grids)
-
-    def movable(self, cells: tuple[int, int]) -> list[int]:
-        """Numbers of the anchors that may move, to cells of a grid ``(h, w)``.
-
-        Raises:
-            ValueError: fewer cells than such anchors, or larger ones.
-        """
-        free = [each.motion > 0 for each in self.grids for _ in range(each.num_patches)]
-        sizes = [each.largest_cell for each in self.grids if each.motion > 0]
-        too_large = any(1 / cells[axis] > size[axis] * (1 + EVEN) for size in sizes for axis in (0, 1))
-        if sum(free) > cells[0] * cells[1] or too_large:
-            raise ValueError(
-                f'expected a grid to choose from that is at least as fine as that of the {sum(free)} patches, got '
-                f'{cells[0]} x {cells[1]}: select from more cells along both sides, or take fewer patches'
-            )
-        return [number for number, each in enumerate(free) if each]
 
     def __eq__(self, other: object) -> bool:
         return type(other) is type(self) and vars(other) == vars(self)

@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from timm_apvit.patching.anchors import Anchors
+from timm_apvit.patching.coords import vector_on
 from timm_apvit.patching.warps import OUTLINE_MARGIN, OUTLINE_POINTS, lattice, outline_points, warp_jacobians, warped
 
 
@@ -30,6 +32,8 @@ class PatchGeometry(NamedTuple):
         saliency: logits of where the localisation network looks, ``(B, h, w)`` over the image; None: it does not say.
         window: centre (x, y) and half-extent of where the anchors were put, ``(B, 3)``; None: all of the image. Where
             an image is padded or cropped to whole patches, this and the saliency are of what the patches tile.
+        started: the anchors that the patches start from, ``(B, N, 2)`` each, where they lie in a window or
+            crowd; None: those of the layout.
         logits: what the localiser answers by itself, ``(B, classes)``; None: nothing.
         perspective: v of the projective warp ``u / (1 + v . u)``, ``(B, N, 2)``; None: there is none.
         spline: coefficients of a thin-plate spline's displacements, ``(B, N, 19, 2)``: of 16 kernels, of 1, x and y;
@@ -43,6 +47,7 @@ class PatchGeometry(NamedTuple):
     image_from_patch: Tensor
     saliency: Tensor | None = None
     window: Tensor | None = None
+    started: Anchors | None = None
     logits: Tensor | None = None
     perspective: Tensor | None = None
     spline: Tensor | None = None
@@ -51,19 +56,23 @@ class PatchGeometry(NamedTuple):
         """Map patch-local points ``(..., 2)`` of [-1, 1]^2 into the image: ``(B, N, ..., 2)``."""
         return patch_points(self, local)
 
-    def in_window(self) -> tuple[Tensor, Tensor]:
-        """Centres and half-extents ``(B, N, 2)`` as if the window, or the image if there is none, were all there is."""
-        if self.window is None:
+    def in_layout(self, anchors: Anchors) -> tuple[Tensor, Tensor]:
+        """Centres and half-extents ``(B, N, 2)`` as if the patches had started from the anchors of their layout."""
+        if self.started is None:
             return self.centres, self.extents
-        centre, extent = self.window[:, None, :2], self.window[:, None, 2:]
-        return (self.centres - centre) / extent, self.extents / extent
+        ratio = anchors.extents / self.started.extents
+        return (self.centres - self.started.centres) * ratio + anchors.centres, self.extents * ratio
 
     def in_frame(self, own: tuple[int, int], other: tuple[int, int]) -> 'PatchGeometry':
         """The same patches in an image of another size ``(H, W)``, that has the same top-left corner and pixels."""
-        ratio = torch.tensor([own[1] / other[1], own[0] / other[0]], device=self.centres.device)
+        ratio = vector_on((own[1] / other[1], own[0] / other[0]), self.centres.device)
+        started = self.started
+        if started is not None:
+            started = started._replace(centres=(started.centres + 1) * ratio - 1, extents=started.extents * ratio)
         return self._replace(  # angles are those of pixels
             centres=(self.centres + 1) * ratio - 1,
             extents=self.extents * ratio,
+            started=started,
             image_from_patch=self.image_from_patch * ratio[:, None],
         )
 

@@ -9,13 +9,13 @@ from torch import Tensor, nn
 
 import timm_apvit.patching.cnn
 import timm_apvit.patching.families  # noqa: F401  registers them, as the line above does
-from timm_apvit.patching.anchors import Anchors, Layout, NumPatches, resolve_layout
-from timm_apvit.patching.coords import check_number, check_patch_size, check_shape, in_float32, sample_grid
+from timm_apvit.patching.anchors import Layout, NumPatches, resolve_layout
+from timm_apvit.patching.coords import check_number, check_patch_size, check_shape, in_float32, sample_grid, vector_on
 from timm_apvit.patching.geometry import PatchGeometry, footprint, patch_jacobians, patch_points
-from timm_apvit.patching.localizers import LOCALIZERS, Localizer, Look
+from timm_apvit.patching.localizers import LOCALIZERS, MOST_CROWD, Localizer, Look
 from timm_apvit.patching.sampling import mip_pyramid, num_mip_levels, sample_patches
 from timm_apvit.patching.transforms import TRANSFORMS
-from timm_apvit.patching.windows import shifted_window, window_inside
+from timm_apvit.patching.windows import WHOLE, shifted_window, window_inside
 
 
 class AdaptivePatching(nn.Module):
@@ -39,7 +39,7 @@ class AdaptivePatching(nn.Module):
             half-extents.
         window_jitter: in train mode, of the noise on the centre of a window, in its own half-extents, and on the
             logarithm of its size.
-        whole_share: share of the images that are seen whole in train mode, rather than in their window.
+        whole_share: share of the images that are seen whole in train mode, rather than in their window, or evenly.
         device: of the parameters.
         dtype: of the parameters.
         bounds: of the transform (`timm_apvit.patching.transforms`): ``max_shift``, ``max_zoom``, ``max_rotation``,
@@ -135,7 +135,9 @@ class AdaptivePatching(nn.Module):
 
     def num_levels(self, image_size: tuple[int, int], layout: Layout) -> int:
         """How many mip levels of an image ``(H, W)`` the patches of a layout may be read from."""
-        return num_mip_levels(self.transform.max_footprint(layout, image_size, self.patch_size), image_size)
+        least = 1 - min(self.localizer.crowd, MOST_CROWD)
+        stretch = 1.0 if least == 1 else (1 + least) / least  # of a crowded anchor, see `Anchors.crowded`
+        return num_mip_levels(stretch * self.transform.max_footprint(layout, image_size, self.patch_size), image_size)
 
     def _located(self, image: Tensor, look: Look, layout: Layout) -> PatchGeometry:
         """Where the patches of a layout lie in images that were looked at."""
@@ -143,8 +145,15 @@ class AdaptivePatching(nn.Module):
         if window is not None:
             window = self._exposed(check_shape('the window of the localizer', window, (image.shape[0], 3)))
             anchors = anchors.within(window)
-        if look.cells is not None:
-            anchors = self._chosen(anchors, look.cells, layout.movable((look.cells.shape[1], look.cells.shape[2])))
+        if look.density is not None:
+            if window is not None or not 0 < self.localizer.crowd <= MOST_CROWD:
+                raise ValueError(
+                    f'expected a localizer with a density to have no window, and a crowd within (0, {MOST_CROWD}], got '
+                    f'{"one" if window is not None else "none"}, and {self.localizer.crowd}'
+                )
+            check_shape('the density of the localizer', look.density, (image.shape[0], *look.density.shape[-2:]))
+            anchors = anchors.crowded(self._exposed_density(look.density), 1 - self.localizer.crowd)
+        started = anchors if window is not None or look.density is not None else None
         parameters = self.localizer(look, anchors)
         for name, width in self.transform.fields.items():
             check_shape(f'{name} of the localizer', parameters.get(name), (image.shape[0], layout.num_patches, width))
@@ -152,7 +161,7 @@ class AdaptivePatching(nn.Module):
         if self.training and self.jitter > 0:
             noise = self.jitter * torch.randn_like(parameters['shift'])
         geometry: PatchGeometry = self.transform(parameters, anchors, (image.shape[2], image.shape[3]), noise)
-        return geometry._replace(saliency=look.saliency, window=window, logits=look.logits)
+        return geometry._replace(saliency=look.saliency, window=window, started=started, logits=look.logits)
 
     def _sample(self, pyramid: list[Tensor], geometry: PatchGeometry) -> Tensor:
         image = pyramid[0]
@@ -161,18 +170,13 @@ class AdaptivePatching(nn.Module):
         steps = footprint(jacobians, (image.shape[2], image.shape[3]), self.patch_size)
         return sample_patches(pyramid, patch_points(geometry, local), steps)
 
-    def _chosen(self, anchors: Anchors, worth: Tensor, movable: list[int]) -> Anchors:
-        """Anchors on the best cells; in train mode, with ``window_jitter``, drawn by worth, and some images whole."""
-        if self.training and self.window_jitter > 0:
-            worth = worth - torch.log(-torch.log(torch.rand_like(worth).clamp(1e-9, 1 - 1e-6)))  # Gumbel noise
-        chosen = anchors.on_best(worth, movable)
-        if not (self.training and self.whole_share > 0):
-            return chosen
-        whole = torch.rand(worth.shape[0], 1, 1, device=worth.device) < self.whole_share
-        return chosen._replace(
-            centres=torch.where(whole, anchors.centres, chosen.centres),
-            extents=torch.where(whole, anchors.extents, chosen.extents),
-        )
+    def _exposed_density(self, density: Tensor) -> Tensor:
+        """The density of the anchors: a share follows what was seen, but for some images in train mode."""
+        density = density / density.mean(dim=(1, 2), keepdim=True).clamp(min=1e-12)
+        if self.training and self.whole_share > 0:
+            even = torch.rand(density.shape[0], 1, 1, device=density.device) < self.whole_share
+            density = torch.where(even, torch.ones_like(density), density)
+        return self.localizer.crowd * density + (1 - self.localizer.crowd)
 
     def _exposed(self, window: Tensor) -> Tensor:
         """The windows ``(B, 3)`` inside the image, but for noise and some images seen whole in train mode."""
@@ -181,5 +185,5 @@ class AdaptivePatching(nn.Module):
             window = shifted_window(window, self.window_jitter * torch.randn_like(window))
         if self.training and self.whole_share > 0:
             whole = torch.rand(window.shape[0], 1, device=window.device) < self.whole_share
-            window = torch.where(whole, torch.tensor([0.0, 0.0, 1.0], device=window.device), window)
+            window = torch.where(whole, vector_on(WHOLE, window.device), window)
         return window

@@ -15,6 +15,9 @@ from timm_apvit.patching.anchors import Anchors
 from timm_apvit.patching.parts import Parts
 from timm_apvit.patching.transforms import TRANSFORMS
 
+# Beyond it what is left for the rest of the image is nothing to see by.
+MOST_CROWD = 0.9
+
 
 class Look(NamedTuple):
     """What a localiser saw of a batch of images.
@@ -25,15 +28,15 @@ class Look(NamedTuple):
             None: all of it. It keeps the image's aspect.
         saliency: logits of where it looks, ``(B, h, w)`` over the image, to be drawn; None: it does not say.
         logits: its own answer, ``(B, classes)``, which is added to that of the ViT; None: it has none.
-        cells: what the cells of a grid are worth, as logits, ``(B, h, w)``: anchors that may move go to the best ones;
-            None: they stay where the layout has them.
+        density: how many patches each place of the image is to have, relative to others, ``(B, h, w)``, at least 0: the
+            anchors crowd there, and tile the image still; None: they stay where the layout has them.
     """
 
     memory: Any
     window: Tensor | None = None
     saliency: Tensor | None = None
     logits: Tensor | None = None
-    cells: Tensor | None = None
+    density: Tensor | None = None
 
 
 class Localizer(nn.Module, ABC):
@@ -53,10 +56,13 @@ class Localizer(nn.Module, ABC):
     Attributes:
         under_autocast: whether to look under the autocast that may surround the model; else it looks in float32.
         answers: whether its looks have logits.
+        crowd: share of the patches that follow the density of its looks, within (0, `MOST_CROWD`]; the others are
+            spread evenly. 0: its looks have none.
     """
 
     under_autocast: bool = False
     answers: bool = False
+    crowd: float = 0.0
 
     def attach(self, vit: Any) -> None:
         """Get to know the ViT that it is to serve, which is otherwise ready; once, when a model is made."""

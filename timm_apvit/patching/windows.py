@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from timm_apvit.patching.anchors import Rows
+from timm_apvit.patching.coords import vector_on
 from timm_apvit.patching.geometry import inward_clamp
 
 # The map is raised to this power first: it has a floor all over the image.
@@ -18,6 +19,8 @@ SHARPNESS = 2.0
 # map, of which a window holds extent^2, is worth most whole, and what is in one place in the smallest window.
 EXTENTS = (0.75, 0.5, 0.35)
 GAIN = 0.5
+# The window that is the image.
+WHOLE = (0.0, 0.0, 1.0)
 # No window closes in by more than this, so that none is empty.
 LARGEST_FOCUS = 1000.0
 
@@ -35,7 +38,7 @@ def best_window(saliency: Tensor, max_focus: float) -> Tensor:
     height, width = int(saliency.shape[1]), int(saliency.shape[2])
     share = torch.softmax(SHARPNESS * saliency.detach().float().flatten(1), dim=1).reshape(-1, height, width)
     points = Rows(height * width, height).anchors(share.device).centres.reshape(height, width, 2)
-    best = share.new_tensor([0.0, 0.0, 1.0]).expand(share.shape[0], 3)
+    best = vector_on(WHOLE, share.device).expand(share.shape[0], 3)
     most_worth = share.new_full(share.shape[:1], 1 + 1e-4)  # above what rounding makes of an even map
     for size in EXTENTS:
         rows, columns = (max(1, round(size * n)) for n in (height, width))
