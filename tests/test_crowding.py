@@ -193,9 +193,9 @@ def places(number, seed):
 
 
 def test_masks_teach_a_glance_to_find_several_things():
-    model = timm.create_model('test_apvit', **{**CROWDING, 'localizer': {'name': 'glance', 'crowd': 0.8, 'grid': 12}})
+    model = timm.create_model('test_apvit', **{**CROWDING, 'localizer': {'name': 'glance', 'crowd': 0.8, 'grid': 6}})
     optimizer = torch.optim.AdamW(model.train().parameters(), lr=2e-3)
-    images, targets = places(256, 0)
+    images, targets = places(192, 0)
     for x, target in zip(images.split(32) * 3, targets.split(32) * 3, strict=True):
         optimizer.zero_grad()
         saliency_loss(model.patch_geometry(x), target).backward()
@@ -209,16 +209,16 @@ def test_masks_teach_a_glance_to_find_several_things():
 
 
 def test_fitted_first_it_finds_before_the_vit_learns():
-    model = timm.create_model('test_apvit', **{**CROWDING, 'localizer': {'name': 'glance', 'crowd': 0.8, 'grid': 12}})
+    model = timm.create_model('test_apvit', **{**CROWDING, 'localizer': {'name': 'glance', 'crowd': 0.8, 'grid': 6}})
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    images, targets = places(256, 0)
-    last = fit_saliency(model, zip(images.split(32), targets.split(32), strict=True))
-    assert last < 0.7 * math.log(144)  # of an even guess
+    images, targets = places(192, 0)
+    last = fit_saliency(model, zip(images.split(32), targets.split(32), strict=True), epochs=10)
+    assert last < 0.7 * math.log(36)  # of an even guess
     changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
     assert changed
     assert all('localizer' in name for name in changed)
     images, targets = places(64, 1)
-    assert saliency_loss(model.eval().patch_geometry(images), targets) < 0.8 * math.log(144)
+    assert saliency_loss(model.eval().patch_geometry(images), targets) < 0.8 * math.log(36)
 
 
 @pytest.mark.parametrize(
@@ -267,6 +267,7 @@ def test_rejects_a_localizer_that_does_not_look():
         saliency_loss(geometry, torch.ones(2, 4, 4))
 
 
+@pytest.mark.slow
 def test_it_comes_back_compiles_and_exports(tmp_path):
     model = randomise(create(**CROWDING, num_classes=3)).eval()
     x = torch.randn(2, 3, 96, 96)
