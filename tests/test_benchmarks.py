@@ -11,9 +11,7 @@ import torch
 BENCHMARKS = Path(__file__).parents[1] / 'benchmarks'
 sys.path.insert(0, str(BENCHMARKS))
 
-import checks  # noqa: E402
 import cost  # noqa: E402
-import gpu  # noqa: E402
 import int8  # noqa: E402
 import loops  # noqa: E402
 import sampling  # noqa: E402
@@ -289,39 +287,3 @@ def test_cost_is_that_of_the_localiser_and_the_sampling_above_all():
     added = cost.added_multiply_adds('apvit_tiny')
     assert 0 < added['added'] < 0.03 * added['vit']
     assert 0.9 * added['added'] < added['localiser'] + added['sampling'] < 1.1 * added['added']
-
-
-def test_all_that_a_gpu_is_measured_by_runs_at_reduced_size(run, capsys):
-    found = run(gpu, '--device', 'cpu')
-    assert {each['check']: each['holds'] for each in found['checks']} == {
-        name: None if name in ('CUDA graph', 'memory', 'compiled') else True for name in checks.CHECKS
-    }
-    assert len(found['rows']) == len(gpu.cases(reduced=True))
-    assert min(row['images_per_second']['ours'] for row in found['rows']) > 0
-    assert found['sampler'][0]['package'] > 0
-    assert found['failed'] == found['no_time_for'] == []
-    last = f'Of {len(checks.CHECKS)} targets: {len(checks.CHECKS) - 3} hold; 3 not known: CUDA graph, memory, compiled.'
-    assert capsys.readouterr().out.splitlines()[-1] == found['verdict'] == last
-
-
-def test_what_fails_on_a_gpu_is_told_and_the_rest_goes_on(run, monkeypatch, capsys):
-    def broken(*args):
-        raise RuntimeError('no kernel image is available\nand more')
-
-    monkeypatch.setattr(gpu, 'CHECKS', {'learns': broken, 'identity': checks.identity})
-    monkeypatch.setattr(gpu, 'measure', broken)
-    found = run(gpu, '--device', 'cpu')
-    assert [each['holds'] for each in found['checks']] == [False, True]
-    assert len(found['failed']) == len(gpu.cases(reduced=True))
-    assert 'FAILED  learns                RuntimeError: no kernel image is available\n' in capsys.readouterr().out
-    assert found['verdict'] == 'Of 2 targets: 1 hold; 1 MISSED: learns.'
-
-
-def test_targets_of_a_gpu_are_read_from_the_cases_that_they_are_about():
-    cases = gpu.cases(reduced=False)
-    rows = [{**case, 'to_full': [1.0, 1.04, 1.1]} for case in cases]
-    found = {'checks': [], 'rows': rows, 'sampler': [{'package': 1.9}]}
-    assert gpu.verdict(found, False) == 'Of 3 targets: 2 hold; 1 MISSED: apvit_small, compiled <= 1.03 x the ViT.'
-    assert gpu.verdict({**found, 'rows': rows[1:], 'sampler': []}, False) == (
-        'Of 3 targets: 1 hold; 2 not known: apvit_small, compiled <= 1.03 x the ViT, sampler <= 2 x its bound.'
-    )

@@ -153,3 +153,8 @@ def test_rejects_what_is_no_vit_and_what_cannot_be_told():
         timm_apvit.pyramid(create())(torch.randn(1, 3, 31, 64))
     with pytest.raises(ValueError, match='the tokens of all 100 patches for a map, got 50: set patch_drop_rate=0'):
         timm_apvit.pyramid(create(patch_drop_rate=0.5)).train()(torch.randn(1, 3, 160, 160))
+
+
+def test_timm_knows_it_and_does_not_list_it():
+    assert timm.is_model('pyramid')
+    assert 'pyramid' not in timm.list_models()

@@ -10,9 +10,9 @@ import torch
 from timm.data import ImageNetInfo
 from torch import Tensor
 
+from timm_apvit.cli.predict import activation_of
 from timm_apvit.failures import one_line
 from timm_apvit.finetuning.baseline import create_baseline
-from timm_apvit.finetuning.config import settings_of_run
 from timm_apvit.finetuning.evaluation import images_per_second
 from timm_apvit.finetuning.models import address_of, create_model
 from timm_apvit.finetuning.settings import Settings
@@ -124,10 +124,7 @@ def probabilities(model: APViT, name: str, logits: Tensor) -> dict[str, float]:
     if names is None and model.num_classes == IMAGENET and not Path(name).exists():
         info = ImageNetInfo('imagenet-1k')
         names = [info.index_to_description(n) for n in range(IMAGENET)]
-    run = settings_of_run(name)
-    several = run is not None and run.multi_label
-    shares = torch.sigmoid(logits.float()) if several else torch.softmax(logits.float(), dim=0)
-    found = shares.topk(min(BEST, len(logits)))
+    found = activation_of({'model': name})(logits.float()[None])[0].topk(min(BEST, len(logits)))
     return {
         str(names[n] if names else n): value
         for n, value in zip(found.indices.tolist(), found.values.tolist(), strict=True)
