@@ -7,6 +7,9 @@ import torch
 from torch import Tensor, nn
 
 SIDE, CELL, CLASSES = 64, 8, 6
+# Of 512 images in batches of 32 at a constant rate; whether five epochs do depends on the order of the images.
+EPOCHS = 7
+UPDATES = EPOCHS * 512 // 32
 
 
 def hidden_patterns(number: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
@@ -45,4 +48,4 @@ def assert_finds(model: Any, named: bool = True) -> None:
         right = (model(images).argmax(dim=1) == labels).float().mean()
     assert ((centres - window[:, :2]).abs() < window[:, 2:]).all(dim=1).float().mean() > 0.9
     assert window[:, 2].mean() < 0.6
-    assert not named or right > 0.75  # one order of the images in eight ends at 0.85, by chance it were 0.17
+    assert not named or right > 0.9

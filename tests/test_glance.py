@@ -7,7 +7,7 @@ import timm
 import timm.optim
 import torch
 from conftest import create, randomise
-from hidden import CLASSES, assert_finds, hidden_patterns, small_model
+from hidden import CLASSES, UPDATES, assert_finds, hidden_patterns, small_model
 from timm.task import ClassificationTask
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, mse_loss
 
@@ -52,11 +52,11 @@ def test_a_new_model_is_the_vit(name, training):
 
 def test_a_plain_loop_finds_what_a_fixed_grid_does_not_see():
     model = small_model()
-    update(model, cross_entropy, 80)
+    update(model, cross_entropy, UPDATES)
     assert_finds(model)
     images, labels, _ = hidden_patterns(100, seed=1)
     fixed = small_model('cnn', max_shift=0.0, max_zoom=1.0)
-    update(fixed, cross_entropy, 80)
+    update(fixed, cross_entropy, UPDATES)
     with torch.no_grad():
         assert (fixed.eval()(images).argmax(dim=1) == labels).float().mean() < 0.7
 
@@ -67,7 +67,7 @@ def test_timms_training_task_teaches_it():
     task = ClassificationTask(model, criterion_kwargs={'smoothing': 0.1}, verbose=False)
     images, labels, _ = hidden_patterns(512)
     optimizer = timm.optim.create_optimizer_v2(model, opt='adamw', lr=1e-3, weight_decay=0.05)
-    for _ in range(80):
+    for _ in range(UPDATES):
         chosen = torch.randint(len(images), (32,))
         loss = task(images[chosen], labels[chosen])['loss']
         optimizer.zero_grad()

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from conftest import create
-from hidden import assert_finds, hidden_patterns, small_model
+from hidden import EPOCHS, assert_finds, hidden_patterns, small_model
 from timm.optim import create_optimizer_v2
 from torch.nn.functional import cross_entropy
 
@@ -59,7 +59,7 @@ def test_a_loop_teaches_a_glance_where_to_look(precision):
     data = torch.utils.data.TensorDataset(images, labels)
     batches = torch.utils.data.DataLoader(data, batch_size=32, shuffle=True)
     model, optimizer, batches = accelerator.prepare(model, optimizer, batches)
-    for _ in range(5):
+    for _ in range(EPOCHS):
         for image, label in batches:
             accelerator.backward(cross_entropy(model(image), label))
             optimizer.step()

@@ -4,7 +4,7 @@ import pytest
 import timm
 import torch
 from conftest import create
-from hidden import assert_finds, hidden_patterns, small_model
+from hidden import EPOCHS, assert_finds, hidden_patterns, small_model
 from timm.optim import create_optimizer_v2
 from torch.nn.functional import cross_entropy
 
@@ -75,5 +75,5 @@ def test_trainer_teaches_a_glance_where_to_look(tmp_path):
     images, labels, _ = hidden_patterns(512)
     data = torch.utils.data.TensorDataset(images, labels)
     classifier = Classifier(small_model())
-    fit(tmp_path, classifier, 5, batches=torch.utils.data.DataLoader(data, batch_size=32, shuffle=True))
+    fit(tmp_path, classifier, EPOCHS, batches=torch.utils.data.DataLoader(data, batch_size=32, shuffle=True))
     assert_finds(classifier.model)

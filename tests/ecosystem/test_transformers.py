@@ -10,7 +10,7 @@ import pytest
 import timm
 import torch
 from conftest import assert_equal_up_to_rounding, create, images, randomise, relative
-from hidden import assert_finds, hidden_patterns, small_model
+from hidden import EPOCHS, assert_finds, hidden_patterns, small_model
 from hub_server import client_environment, serve
 from PIL import Image
 from torch import nn
@@ -137,7 +137,7 @@ def test_trainer_teaches_a_glance_where_to_look(tmp_path):
     timm_apvit.save_pretrained(small_model(), tmp_path / 'untrained', label_names=list('abcdef'))
     model = classifier(tmp_path / 'untrained')
     arguments = transformers.TrainingArguments(
-        output_dir=str(tmp_path), num_train_epochs=5, per_device_train_batch_size=32, learning_rate=1e-3,
+        output_dir=str(tmp_path), num_train_epochs=EPOCHS, per_device_train_batch_size=32, learning_rate=1e-3,
         lr_scheduler_type='constant', report_to=[], disable_tqdm=True, use_cpu=True, save_strategy='no',
     )  # fmt: skip
     data = [{'pixel_values': image, 'labels': label} for image, label, _ in zip(*hidden_patterns(512), strict=True)]
@@ -232,7 +232,7 @@ def test_decoders_on_a_pyramid_learn_and_come_back(create_decoder, tmp_path):
         targets = {'mask_labels': masks, 'class_labels': [torch.arange(3)] * 2}
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     losses = []
-    for _ in range(10):
+    for _ in range(15):
         loss = model(x, **targets).loss
         optimizer.zero_grad()
         loss.backward()
