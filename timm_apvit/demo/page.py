@@ -22,6 +22,7 @@ from timm_apvit.patching.transforms import TRANSFORMS
 from timm_apvit.pictures.figures import load_drawing
 from timm_apvit.pictures.images import image_config, read_image
 from timm_apvit.pictures.plots import COLOURED_BY, plot_patches
+from timm_apvit.pictures.views import at_rest, normalised
 
 EXAMPLES = Path(__file__).parent / 'examples'
 OWN = "the model's own"
@@ -90,23 +91,14 @@ class Viewer:
             model = self.load(name, None if transform == OWN else transform)
             image = read_image(source, image_config(model)['input_size'][0])
             unread = color_by == 'attention' and not attends(model)
-            own = model.patch_embed.requested
-            if int(num_patches) != model.num_patches:  # else it has the layout that it was made with
-                model.set_num_patches(int(num_patches))
-            try:
+            # Else it has the layout that it was made with.
+            with at_rest(model, None if num_patches == model.num_patches else num_patches):
                 colour = 'order' if unread else color_by
                 figure = plot_patches(model, image, panels=('outlines', 'adaptive', 'fixed'), color_by=colour)
-                batch = self._batch(model, image)
+                batch = normalised(model, image)
                 classes = probabilities(model, name, model(batch)[0]) if model.num_classes else None
                 times = self._times(model, batch) + UNREAD * unread
-            finally:
-                model.set_num_patches(own)
         return Seen(load_drawing().rendered(figure, DPI), classes, times)
-
-    def _batch(self, model: APViT, image: Tensor) -> Tensor:
-        config = image_config(model)
-        mean, std = (torch.tensor(config[key]).view(-1, 1, 1) for key in ('mean', 'std'))
-        return ((image - mean) / std)[None].to(self.device)
 
     def _times(self, model: APViT, batch: Tensor) -> str:
         baseline = create_baseline(model).to(self.device).eval()

@@ -65,11 +65,8 @@ def view_patches(
     if attention and not attends(model):
         raise ValueError("expected timm's ordinary attention at the model's end to colour by it, got a model without")
     patching = model.patch_embed.patching
-    config = image_config(model)
-    weight = model.patch_embed.proj.weight
-    mean, std = (torch.tensor(config[key], device=weight.device).view(-1, 1, 1) for key in ('mean', 'std'))
-    batch = ((image.to(weight.device, torch.float32) - mean) / std).to(weight.dtype)[None]
-    with _at_rest(model, num_patches):
+    batch = normalised(model, image)
+    with at_rest(model, num_patches):
         layer = model.blocks[-1].attn if attention else None
         with calls_of(patching) as seen, calls_of(layer) as attended:
             if attention:
@@ -87,6 +84,7 @@ def view_patches(
     if geometry.window is not None:
         corners = canvas.new_tensor([[-1, -1], [1, -1], [1, 1], [-1, 1], [-1, -1]])
         window = _in_pixels(geometry.window[0, :2] + geometry.window[0, 2] * corners, size)
+    mean, std = statistics_of(model)
     return PatchView(
         pixels=_shown(canvas[0], mean, std),
         layout=layout,
@@ -97,6 +95,19 @@ def view_patches(
         window=window,
         attention=None if received is None else received.cpu() * len(received),
     )
+
+
+def statistics_of(model: APViT) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation that a model's images are normalised by: ``(C, 1, 1)`` each, where it is."""
+    config, device = image_config(model), model.patch_embed.proj.weight.device
+    mean, std = (torch.tensor(config[key], device=device).view(-1, 1, 1) for key in ('mean', 'std'))
+    return mean, std
+
+
+def normalised(model: APViT, image: Tensor) -> Tensor:
+    """An image ``(C, H, W)`` of values in [0, 1] as a model takes it: ``(1, C, H, W)``."""
+    mean, std = statistics_of(model)
+    return ((image.to(mean.device, torch.float32) - mean) / std).to(model.patch_embed.proj.weight.dtype)[None]
 
 
 def fixed_patches(model: APViT, canvas: Tensor, layout: Layout) -> Tensor:
@@ -134,7 +145,7 @@ def finest(layout: Layout) -> tuple[Rows, int]:
 
 
 @contextmanager
-def _at_rest(model: APViT, num_patches: NumPatches | None) -> Iterator[None]:
+def at_rest(model: APViT, num_patches: NumPatches | None) -> Iterator[None]:
     """Let a model run in eval mode with a number of patches, then be as it was."""
     requested = model.patch_embed.requested
     try:
