@@ -13,6 +13,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
+from photographs import Places
 from torch import Tensor
 
 from timm_apvit.finetuning.clutter import Clutter, ClutteredObjects, enlarging_weights
@@ -24,6 +25,8 @@ NAMES = ('t-shirt', 'trouser', 'pullover', 'dress', 'coat', 'sandal', 'shirt', '
 TEST_SEED = 0
 # Of the values of an image: most of a canvas is black.
 MEAN, STD = 0.1, 0.3
+# Darker pixels are no part of an object.
+VISIBLE = 0.1
 
 
 class Distortion(NamedTuple):
@@ -102,6 +105,30 @@ def load_fashion(folder: Path | None, train: bool) -> tuple[NDArray[np.float32],
             raise FileNotFoundError(f'expected {paths[0].name} in {str(folder)!r}, got no such file')
         found.append(read_idx(path))
     return found[0].astype(np.float32) / 255, found[1].astype(np.int64)
+
+
+class Several(ClutteredObjects):
+    """Two to six objects among pieces: ``(1, H, W)``, and what is where; where they meet the brighter pixels stay."""
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Places]:  # type: ignore[override]
+        rng = np.random.default_rng((self.seed, self.epoch, index))
+        number = self.clutter.pieces + int(rng.integers(2, 7))
+        chosen, draws = rng.integers(len(self.objects), size=number).tolist(), rng.random((number, 6)).tolist()
+        canvas = np.zeros(self.input_size[1:], np.float32)
+        owner = np.zeros(canvas.shape, np.uint8)
+        for order, (each, draw) in enumerate(zip(chosen, draws, strict=True), 1 - self.clutter.pieces):
+            before = canvas.copy()
+            self._paint(canvas, self.objects[each], draw, 1.0 if order > 0 else self.clutter.cut)
+            owner[(canvas > before) & (canvas > VISIBLE)] = max(order, 0)
+        mask, boxes, labels = np.zeros(canvas.shape, np.uint8), [], []
+        for order, each in enumerate(chosen[self.clutter.pieces :], 1):
+            rows, columns = np.nonzero(owner == order)
+            if len(rows):
+                mask[rows, columns] = self.labels[each] + 1
+                boxes.append([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1])
+                labels.append(int(self.labels[each]) + 1)
+        found = torch.tensor(np.array(boxes, np.float32).reshape(-1, 4)), torch.tensor(labels, dtype=torch.int64)
+        return self.normalise(canvas), Places(torch.from_numpy(mask), *found)
 
 
 class CleanObjects(ClutteredObjects):
@@ -192,6 +219,12 @@ class Kept(Samples):
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         return self.images[index], self.labels[index]
+
+
+def load_several(split: str, length: int, seed: int) -> Several:
+    """Several objects on a canvas of 224 px, no two images alike."""
+    objects, labels = load_fashion(None, split == 'train')
+    return Several(objects, labels, length, seed, (1, 224, 224), (MEAN,), (STD,), _CLUTTER)
 
 
 def load_task(task: Task, seed: int, images: int, folder: Path | None, crop: int | None = None) -> Splits:

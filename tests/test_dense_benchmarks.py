@@ -34,12 +34,6 @@ def test_maps_are_timed_beside_their_tokens(monkeypatch):
     assert found['share'] == pytest.approx(found['maps_ms'] / found['tokens_ms'], abs=0.01)
 
 
-class Few(list):
-    """Samples of a fixed test set."""
-
-    epoch = 0
-
-
 class Told(torch.nn.Module):
     """Answers of a model by heart, one batch after the other."""
 
@@ -55,31 +49,33 @@ def test_dense_tasks_are_scored():
     for library in ('pycocotools', 'segmentation_models_pytorch', 'torchvision'):
         pytest.importorskip(library)
     import dense
+    import dense_scores
     from photographs import Places
 
     mask = torch.zeros(64, 64, dtype=torch.uint8)
     mask[8:24, 8:24], mask[40:56, 30:60] = 1, 2
     places = Places(mask, torch.tensor([[8.0, 8, 24, 24], [30, 40, 60, 56]]), torch.tensor([1, 2]))
-    samples = Few([(torch.zeros(3, 64, 64), places)])
-    logits = torch.nn.functional.one_hot(mask.long(), dense.CLASSES).permute(2, 0, 1)[None].float()
-    perfect = dense.segmented(Told([logits]), samples, 1)
+    test = [(torch.zeros(1, 3, 64, 64), [places])]
+    small = 0.02 * 448**2
+    logits = torch.nn.functional.one_hot(mask.long(), 16).permute(2, 0, 1)[None].float()
+    perfect = dense_scores.segmented(Told([logits]), test, 16, small)
     assert perfect == {'miou': 1.0, 'iou_foreground': 1.0, 'recall_small': 1.0}
-    nothing = dense.segmented(Told([torch.zeros(1, dense.CLASSES, 64, 64)]), samples, 1)
+    nothing = dense_scores.segmented(Told([torch.zeros(1, 16, 64, 64)]), test, 16, small)
     background = (mask == 0).float().mean().item()
     assert nothing == {'miou': pytest.approx(background / 3), 'iou_foreground': 0.0, 'recall_small': 0.0}
 
     output = {'boxes': places.boxes, 'labels': places.labels, 'scores': torch.tensor([0.9, 0.8])}
-    assert dense.detected(Told([[output]]), samples, 1)['ap50'] == pytest.approx(1.0)
+    assert dense_scores.detected(Told([[output]]), test, 16, small)['ap50'] == pytest.approx(1.0)
     moved = {**output, 'boxes': places.boxes + torch.tensor([[0.0, 0, 0, 0], [20, 0, 20, 0]])}
-    assert dense.detected(Told([[moved]]), samples, 1)['ap50_small'] == pytest.approx(0.5)
+    assert dense_scores.detected(Told([[moved]]), test, 16, small)['ap50_small'] == pytest.approx(0.5)
     target = dense.wanted_places([Places(torch.zeros(448, 448, dtype=torch.uint8), torch.zeros(0, 4), torch.zeros(0))])
     assert target.sum() == pytest.approx(dense.EVEN)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('task', ['segmentation', 'detection'])
+@pytest.mark.parametrize('name', ['segmentation', 'detection'])
 @pytest.mark.parametrize('contestant', ['fixed', 'moving', 'crowded'])
-def test_contestants_of_dense_tasks_take_a_step(task, contestant, tmp_path, monkeypatch):
+def test_contestants_of_dense_tasks_take_a_step(name, contestant, tmp_path, monkeypatch):
     for library in ('pycocotools', 'segmentation_models_pytorch', 'torchvision'):
         pytest.importorskip(library)
     import dense
@@ -88,6 +84,7 @@ def test_contestants_of_dense_tasks_take_a_step(task, contestant, tmp_path, monk
     weights = tmp_path / 'weights.safetensors'
     save_file(timm.create_model('test_vit').state_dict(), weights)
     monkeypatch.setattr(dense, 'NAME', 'test_apvit')
+    task = dense.TASKS[name]
     overlay = {'pretrained_cfg_overlay': {'file': str(weights), 'input_size': (3, 160, 160)}}
     model, vit = dense.create(task, contestant, 16, weights, **overlay)
     mask = torch.zeros(448, 448, dtype=torch.uint8)
@@ -102,6 +99,50 @@ def test_contestants_of_dense_tasks_take_a_step(task, contestant, tmp_path, monk
     assert vit.num_patches == 16
     assert dense.multiply_adds(task, model.eval()) > 0
     assert vit.patch_embed.proj.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('task', ['scratch', 'scratch-detection'])
+def test_what_starts_from_scratch_is_trained_and_reported(task, tmp_path, monkeypatch):
+    for library in ('pycocotools', 'segmentation_models_pytorch', 'torchvision'):
+        pytest.importorskip(library)
+    import dense
+    import fashion
+
+    objects = torch.rand(20, 28, 28).numpy(), torch.arange(20).numpy() % 10
+    monkeypatch.setattr(fashion, 'load_fashion', lambda folder, train: objects)
+    arguments = ['--task', task, '--tokens', '9', '--images', '64', '--test-images', '4', '--tests', '1']
+    contestants = ['--contestants', 'fixed', 'moving', 'crowded', '--results', str(tmp_path)]
+    monkeypatch.setattr(dense.sys, 'argv', ['dense.py', *arguments, *contestants])
+    monkeypatch.setattr(dense.torch, 'set_num_threads', lambda number: None)
+    dense.main()
+    table = (tmp_path / f'{task}.md').read_text()
+    assert table.count('| fixed | 9 | 0 |') == table.count('| moving | 9 | 0 |') == 1
+    found = json.loads((tmp_path / f'{task}-moving-9-0.json').read_text())
+    assert found['curve'][-1]['images'] == 64
+    metrics = {'scratch': ['miou', 'iou_foreground', 'recall_small'], 'scratch-detection': ['ap50', 'ap50_small']}
+    for name in metrics[task]:
+        assert name in table
+        assert -1 <= found['curve'][-1][name] <= 1  # COCO's -1: no such thing
+
+
+def test_several_objects_lie_where_their_masks_say(monkeypatch):
+    import fashion
+
+    brightness = (torch.arange(10) + 1.0) / 10
+    objects = brightness.reshape(-1, 1, 1).expand(10, 28, 28).numpy(), torch.arange(10).numpy()
+    monkeypatch.setattr(fashion, 'load_fashion', lambda folder, train: objects)
+    samples = fashion.load_several('train', 8, 3)
+    for image, (mask, boxes, labels) in (samples[index] for index in range(8)):
+        assert image.shape == (1, 224, 224)
+        assert set(mask.unique().tolist()) == {0, *labels.tolist()}
+        value = image[0] * 0.3 + 0.1
+        for each in set(labels.tolist()):  # whose brightness it has
+            torch.testing.assert_close(value[mask == each], torch.full_like(value[mask == each], each / 10))
+        assert 1 <= len(boxes) == len(labels) <= 6
+        for (left, top, right, bottom), label in zip(boxes.long().tolist(), labels.tolist(), strict=True):
+            own = mask[top:bottom, left:right] == label
+            assert all(edge.any() for edge in (own[0], own[-1], own[:, 0], own[:, -1]))
 
 
 @pytest.mark.skipif(not Path('/proc/self/clear_refs').exists(), reason='Peak memory is measured on Linux only.')

@@ -86,18 +86,32 @@ def splat_weights(geometry: PatchGeometry, grid_size: tuple[int, int]) -> SplatW
     return SplatWeights(weight[order], coverage, num, patch[order], starts)
 
 
+def quarters(geometry: PatchGeometry) -> PatchGeometry:
+    """Where the quarters of each patch lie, row by row in its own frame: four patches without a warp for each one."""
+    places = torch.arange(-1.0, 2.0, device=geometry.centres.device)
+    corners = geometry.points(torch.stack(torch.meshgrid(places, places, indexing='xy'), dim=-1))  # (B, N, 3, 3, 2)
+    top, bottom = corners[:, :, :-1], corners[:, :, 1:]
+    # The parallelogram nearest to its four corners, which a warp moves.
+    across = bottom[:, :, :, 1:] - bottom[:, :, :, :-1] + top[:, :, :, 1:] - top[:, :, :, :-1]
+    down = bottom[:, :, :, 1:] - top[:, :, :, 1:] + bottom[:, :, :, :-1] - top[:, :, :, :-1]
+    middle = bottom[:, :, :, 1:] + bottom[:, :, :, :-1] + top[:, :, :, 1:] + top[:, :, :, :-1]
+    return PatchGeometry(
+        centres=middle.flatten(1, 3) / 4,
+        extents=(geometry.extents / 2).repeat_interleave(4, dim=1),
+        rotation=geometry.rotation.repeat_interleave(4, dim=1),
+        shear=geometry.shear.repeat_interleave(4, dim=1),
+        image_from_patch=torch.stack([across, down], dim=-1).flatten(1, 3) / 4,
+    )
+
+
 def dense_map(tokens: Tensor, weights: SplatWeights, grid_size: tuple[int, int]) -> Tensor:
     """Put tokens ``(B, N, D)`` back where they looked: ``(B, D, h, w)``.
 
     Raises:
-        ValueError: other tokens than those of the patches; some were dropped.
+        ValueError: as `check_all_there`.
     """
     batch, num, dim = tokens.shape
-    if num != weights.num_patches:
-        raise ValueError(
-            f'expected the tokens of all {weights.num_patches} patches for a map, got {num}: set patch_drop_rate=0, or '
-            'eval mode'
-        )
+    check_all_there(num, weights.num_patches)
     weight = weights.weight.to(tokens.dtype)
     if weights.patch is None:
         with in_float32(tokens.device):
@@ -107,6 +121,14 @@ def dense_map(tokens: Tensor, weights: SplatWeights, grid_size: tuple[int, int])
             weights.patch, tokens.flatten(0, 1), weights.starts, mode='sum', per_sample_weights=weight
         )
     return maps.reshape(batch, grid_size[0], grid_size[1], dim).permute(0, 3, 1, 2)
+
+
+def check_all_there(tokens: int, patches: int) -> None:
+    """Raise ValueError unless there are as many tokens as patches, of which a model may drop some."""
+    if tokens != patches:
+        raise ValueError(
+            f'expected the tokens of all {patches} patches for a map, got {tokens}: set patch_drop_rate=0, or eval mode'
+        )
 
 
 def overlaps(geometry: PatchGeometry, grid_size: tuple[int, int]) -> Overlaps:

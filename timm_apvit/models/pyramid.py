@@ -1,12 +1,12 @@
-"""A feature pyramid of one map, for decoders and detectors that want several scales.
+"""A feature pyramid of a ViT, for decoders and detectors that want several scales.
 
 ``timm.create_model('pyramid.apvit_small_patch14_dinov2', features_only=True)`` is what every library takes that builds
 its encoder by a name of timm; `pyramid` makes one of a built model.
 """
 
 from collections import OrderedDict
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import timm
 import torch.nn.functional as F
@@ -15,10 +15,12 @@ from timm.models import FeatureInfo, _registry, register_model
 from torch import Tensor, nn
 
 from timm_apvit.models.apvit import twin_name
-from timm_apvit.models.dense import dense_map, splat_weights
+from timm_apvit.models.dense import check_all_there, dense_map, quarters, splat_weights
 from timm_apvit.models.mixin import APViT, check_apvit, where_is
 from timm_apvit.models.vits import ADAPTIVE_CLASSES
 from timm_apvit.patching.coords import vector_on
+from timm_apvit.patching.deterministic import grid_sample
+from timm_apvit.patching.geometry import PatchGeometry
 
 MAP_STRIDE = 16
 STRIDES = (2, 4, 8, 16, 32, 64)
@@ -27,12 +29,14 @@ OWN_ARGS = ('strides', 'out_channels', 'out_indices', 'block', 'feature_cls')
 
 
 class FeaturePyramid(nn.Module):
-    """Maps of several strides from the last map of a ViT: the simple feature pyramid of ViTDet (Li et al. 2022, 3).
+    """Maps of several strides from the last tokens of a ViT, after ViTDet's simple feature pyramid (Li et al. 2022, 3).
 
-    The ViT's tokens become one map of stride 16 in pixels of the image, whatever the size of its patches and however
-    many there are: adaptive ones by `timm_apvit.models.dense`, those of a plain ViT by bilinear interpolation. Finer
-    strides are transposed convolutions of it, coarser ones its maxima. A glance has no classes here: teach it where to
-    look by `timm_apvit.learning.saliency.saliency_loss`, or its layers get no gradient.
+    Strides are in pixels of the image, whatever the size of the patches and however many there are. Tokens become a map
+    of stride 16, by `timm_apvit.models.dense`, those of a plain ViT by interpolation; coarser strides are its maxima.
+    For finer ones a linear layer makes four tokens of each, for the quarters of its patch, and these become a map of
+    stride 8: ViTDet's transposed convolution, but where the patches are, so that a small one tells its detail. A glance
+    has no classes here: teach it where to look by `timm_apvit.learning.saliency.saliency_loss`, or its layers get no
+    gradient.
 
     Args:
         vit: an APViT or another ViT of timm; it becomes a part of this, and loses its head.
@@ -78,7 +82,7 @@ class FeaturePyramid(nn.Module):
         self.out_channels, self.feature_cls = out_channels, feature_cls
         vit.prune_intermediate_layers([self.block], prune_norm=False, prune_head=True)  # type: ignore[operator]
         width: int = vit.embed_dim  # type: ignore[assignment]
-        self.scales = nn.ModuleList(scale_of(width, out_channels, stride) for stride in self.strides)
+        self.scales = nn.ModuleList(Scale(width, out_channels, stride) for stride in self.strides)
         self.pretrained_cfg = self.default_cfg = vit.pretrained_cfg
         self.feature_info = FeatureInfo(
             [{'num_chs': out_channels, 'reduction': stride, 'module': f'stride{stride}'} for stride in strides],
@@ -94,30 +98,32 @@ class FeaturePyramid(nn.Module):
         size = (x.shape[-2], x.shape[-1])
         if min(size) < self.strides[-1]:
             raise ValueError(f'expected images of at least {self.strides[-1]} pixels, the coarsest stride, got {size}')
-        base = self.map_of(x, (-(-size[0] // MAP_STRIDE), -(-size[1] // MAP_STRIDE)))
-        maps = [scale(base) for scale in self.scales]
+        grid = (-(-size[0] // MAP_STRIDE), -(-size[1] // MAP_STRIDE))
+        tokens, places = self.tokens_of(x, grid)
+        base = places.onto(grid)(tokens) if self.strides[-1] >= MAP_STRIDE else None
+        put = places.onto((2 * grid[0], 2 * grid[1]), True) if self.strides[0] < MAP_STRIDE else None
+        maps = [scale(tokens, base, put) for scale in self.scales]
         if self.feature_cls == 'list':
             return maps
         return OrderedDict((str(number), each) for number, each in enumerate(maps))
 
-    def map_of(self, x: Tensor, grid_size: tuple[int, int]) -> Tensor:
-        """The ViT's map ``(B, D, h, w)`` of a grid of cells of 16 pixels."""
+    def tokens_of(self, x: Tensor, grid_size: tuple[int, int]) -> tuple[Tensor, 'Splatted | Tiled']:
+        """The ViT's tokens ``(B, N, D)``, and where they belong in a grid of cells of 16 pixels."""
         arguments: dict[str, Any] = {'indices': [self.block], 'norm': True, 'intermediates_only': True}
         vit: Any = self.vit
         size = (grid_size[0] * MAP_STRIDE, grid_size[1] * MAP_STRIDE)
         if isinstance(vit, APViT):
             patches = vit.patch_embed(x)
-            tokens = vit.forward_intermediates(patches, output_fmt='NLC', **arguments)[0]
-            geometry = patches.geometry.in_frame(vit.patch_embed.canvas_size((x.shape[-2], x.shape[-1])), size)
-            return dense_map(tokens, splat_weights(geometry, grid_size), grid_size)
+            tokens: Tensor = vit.forward_intermediates(patches, output_fmt='NLC', **arguments)[0]
+            check_all_there(tokens.shape[1], patches.geometry.centres.shape[1])
+            own = vit.patch_embed.canvas_size((x.shape[-2], x.shape[-1]))
+            return tokens, Splatted(patches.geometry.in_frame(own, size))
         features = vit.forward_intermediates(x, **arguments)[0]
-        tiled = [length * patch for length, patch in zip(features.shape[-2:], vit.patch_embed.patch_size, strict=True)]
-        across, down = size[1] / tiled[1], size[0] / tiled[0]
-        theta = vector_on((across, 0.0, across - 1, 0.0, down, down - 1), features.device).to(features.dtype)
-        places = F.affine_grid(
-            theta.reshape(1, 2, 3).expand(len(x), 2, 3), [len(x), 1, *grid_size], align_corners=False
+        tiles = (features.shape[-2], features.shape[-1])
+        patch = vit.patch_embed.patch_size
+        return features.flatten(2).transpose(1, 2), Tiled(
+            tiles, (size[0] / (tiles[0] * patch[0]), size[1] / (tiles[1] * patch[1]))
         )
-        return F.grid_sample(features, places, padding_mode='border', align_corners=False)
 
     def set_num_patches(self, num_patches: Any) -> None:
         """As of an `APViT`; ValueError if the ViT is none."""
@@ -129,20 +135,79 @@ class FeaturePyramid(nn.Module):
         self.vit.set_grad_checkpointing(enable)  # type: ignore[operator]
 
 
-def scale_of(width: int, out_channels: int, stride: int) -> nn.Sequential:
-    """Layers from the ViT's map of stride 16 and ``width`` channels to one of another stride."""
-    layers: list[nn.Module] = []
-    for _ in range((MAP_STRIDE // stride).bit_length() - 1):
-        if layers:
-            layers += [LayerNorm2d(width), nn.GELU()]
-        layers.append(nn.ConvTranspose2d(width, width // 2, 2, 2))
-        width //= 2
-    if stride > MAP_STRIDE:
-        layers.append(nn.MaxPool2d(stride // MAP_STRIDE, ceil_mode=True))
-    layers += [nn.Conv2d(width, out_channels, 1, bias=False), LayerNorm2d(out_channels)]
-    return nn.Sequential(
-        *layers, nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False), LayerNorm2d(out_channels)
-    )
+class Splatted(NamedTuple):
+    """Patches anywhere, whose tokens are put where they looked."""
+
+    geometry: PatchGeometry
+
+    def onto(self, grid_size: tuple[int, int], split: bool = False) -> Callable[[Tensor], Tensor]:
+        """From tokens ``(B, N, D)``, or those of the patches' quarters ``(B, 4 * N, D)``, to a map ``(B, D, h, w)``."""
+        weights = splat_weights(quarters(self.geometry) if split else self.geometry, grid_size)
+        return lambda tokens: dense_map(tokens, weights, grid_size)
+
+
+class Tiled(NamedTuple):
+    """Patches that tile the image, whose map is interpolated.
+
+    Attributes:
+        tiles: rows and columns.
+        share: height and width of a map, in those of what the patches tile.
+    """
+
+    tiles: tuple[int, int]
+    share: tuple[float, float]
+
+    def onto(self, grid_size: tuple[int, int], split: bool = False) -> Callable[[Tensor], Tensor]:
+        """As of `Splatted`."""
+        (rows, columns), (down, across), parts = self.tiles, self.share, 1 + split
+
+        def put(tokens: Tensor) -> Tensor:
+            image = tokens.reshape(tokens.shape[0], rows, columns, parts, parts, tokens.shape[2])
+            image = image.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
+            theta = vector_on((across, 0.0, across - 1, 0.0, down, down - 1), image.device).to(image.dtype)
+            theta = theta.reshape(1, 2, 3).expand(image.shape[0], 2, 3)
+            places = F.affine_grid(theta, [image.shape[0], 1, *grid_size], align_corners=False)
+            return grid_sample(image, places)
+
+        return put
+
+
+class Scale(nn.Module):
+    """From tokens of a width to the map of a stride.
+
+    Args:
+        width: of the tokens.
+        out_channels: of the map.
+        stride: of the map, in pixels.
+
+    Attributes:
+        split: a token to those of the quarters of its patch; None: a stride of 16 or more.
+        layers: from their map on.
+    """
+
+    def __init__(self, width: int, out_channels: int, stride: int) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        self.split = None
+        if stride < MAP_STRIDE:
+            self.split = nn.Linear(width, 4 * (width // 2))
+            width //= 2
+            for _ in range((MAP_STRIDE // stride).bit_length() - 2):
+                layers += [LayerNorm2d(width), nn.GELU(), nn.ConvTranspose2d(width, width // 2, 2, 2)]
+                width //= 2
+        elif stride > MAP_STRIDE:
+            layers.append(nn.MaxPool2d(stride // MAP_STRIDE, ceil_mode=True))
+        layers += [nn.Conv2d(width, out_channels, 1, bias=False), LayerNorm2d(out_channels)]
+        layers += [nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False), LayerNorm2d(out_channels)]
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, tokens: Tensor, base: Tensor | None, put: Callable[[Tensor], Tensor] | None) -> Tensor:
+        """Tokens ``(B, N, D)``, their map of stride 16, and what puts those of quarters on one of stride 8."""
+        if self.split is not None and put is not None:
+            batch, num, _ = tokens.shape
+            base = put(self.split(tokens).reshape(batch, 4 * num, self.split.out_features // 4))
+        made: Tensor = self.layers(base)
+        return made
 
 
 @register_model  # type: ignore[untyped-decorator]
