@@ -73,7 +73,7 @@ class Training:
     ) -> None:
         self.accelerator, self.splits, self.settings, self.store, self.name = accelerator, splits, settings, store, name
         self.split = BatchSplit(accelerator.process_index, accelerator.num_processes, settings.grad_accum)
-        self.updates_per_epoch = updates_per_epoch(splits.train, settings.batch_size)
+        self.updates_per_epoch = updates_per_epoch(splits.train, settings.images_of_update)
         self.weights = sample_weights(settings, splits)
         self.warned = False
         state = store.load() or {'rows': [], 'update': 0, 'partial': {'sums': {}, 'seconds': 0.0}}
@@ -100,7 +100,7 @@ class Training:
             `adaptation`, ``seconds``.
         """
         settings, is_main = self.settings, self.accelerator.is_main_process
-        epochs, images = int(settings.epochs or 0), min(settings.batch_size, len(self.splits.train))
+        epochs, images = int(settings.epochs or 0), min(settings.images_of_update, len(self.splits.train))
         progress = Progress(self.name, self.updates_per_epoch, images, epochs, self.step, settings.log_every, is_main)
         if self.rows and is_main:
             self.store.mark_best(self._best())
@@ -140,7 +140,7 @@ class Training:
         unread: list[dict[str, Tensor]] = []
         done, settings = self.step - epoch * self.updates_per_epoch, self.settings
         batches = self.splits.train.training_batches(
-            epoch, settings.batch_size, self.split, done, self.weights, settings.workers or 0,
+            epoch, settings.images_of_update, self.split, done, self.weights, settings.workers or 0,
             pin_memory=self.accelerator.device.type == 'cuda',
         )  # fmt: skip
         for number in range(done + 1, self.updates_per_epoch + 1):
@@ -173,7 +173,7 @@ class Training:
     def _tested(self) -> Row:
         """The row of the epoch that was just trained."""
         settings, begun, model = self.settings, time.monotonic(), self.learner.tested_model()
-        batch_size = max(1, settings.batch_size // self.split.parts)
+        batch_size = max(1, settings.images_of_update // self.split.parts)
         metrics = evaluate_budgets(
             model, self.splits, self.learner.budgets, batch_size, settings.workers or 0, settings.amp, self.split
         )
@@ -225,7 +225,7 @@ class Training:
         settings = self.settings
         set_seed(seed_from(settings.seed, 0, 2) % 2**31)
         parts = self.split._replace(rank=0, world=1)
-        batches = self.splits.train.training_batches(0, settings.batch_size, parts, workers=settings.workers or 0)
+        batches = self.splits.train.training_batches(0, settings.images_of_update, parts, workers=settings.workers or 0)
         number = self.updates_per_epoch * settings.grad_accum
         loss = nn.functional.binary_cross_entropy_with_logits if settings.multi_label else nn.functional.cross_entropy
         with self.accelerator.autocast():

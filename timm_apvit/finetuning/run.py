@@ -117,7 +117,7 @@ def load_run(settings: Settings, directory: Path, accelerator: Any) -> Run:
     teacher = create_teacher(settings, start, data_config)
     baseline = create_baseline(model) if settings.twin else None
     notes = () if states[0] is not None else start.notes
-    if settings.batch_size > len(splits.train):
+    if settings.images_of_update > len(splits.train):
         notes += (f'a batch is all of the {len(splits.train)} training images, fewer than --batch-size',)
     if glances(model):
         fits = states[0] is None and needs_glance_fit(model, settings)

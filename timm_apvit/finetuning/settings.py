@@ -79,10 +79,11 @@ class Settings:
         '(default: without DATA)')
 
     epochs: int | None = option(TRAINING, COUNT,
-        'with --resume a larger number lengthens a run (default: 10; without DATA 6, which take minutes on a CPU)',
+        'with --resume a larger number lengthens a run (default: 10; without DATA 5, which take minutes on a CPU)',
         resume=CHANGEABLE)
-    batch_size: int = option(TRAINING, COUNT,
-        'images of an update, over all processes and --grad-accum (default: 64, small enough for most machines)', 64)
+    batch_size: int | None = option(TRAINING, COUNT,
+        'images of an update, over all processes and --grad-accum (default: 64, small enough for most machines; '
+        'without DATA 32, from which a ViT this small learns sooner)')
     opt: str = option(TRAINING, text,
         "any of timm's optimisers (default: adamw, usual for ViTs)", 'adamw', metavar='NAME')
     lr: float | None = option(TRAINING, POSITIVE,
@@ -265,6 +266,11 @@ class Settings:
     train_interpolation: str | None = option(AUGMENTATION, one_of(*INTERPOLATIONS),
         "of training images: bilinear, bicubic, ... (default: the model's own, as in the test)", metavar='NAME')
     # fmt: on
+
+    @property
+    def images_of_update(self) -> int:
+        """``batch_size``, or its default with DATA."""
+        return self.batch_size or 64
 
 
 FIELDS: dict[str, Field[Any]] = {each.name: each for each in fields(Settings)}

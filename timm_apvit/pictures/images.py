@@ -34,10 +34,10 @@ def image_config(model: Any) -> dict[str, Any]:
         return dict(resolve_data_config({}, model=model))
     in_chans = model.patch_embed.patching.in_chans
     img_size: tuple[int, int] = model.patch_embed.img_size
-    config: dict[str, Any] = resolve_data_config({'input_size': (in_chans, *img_size)}, model=model)
-    for key in ('mean', 'std'):
-        config[key] = per_channel(config[key], in_chans)
-    return config
+    own = {key: model.pretrained_cfg.get(key) for key in ('mean', 'std')}
+    # Else timm warns of each that is not of as many channels.
+    fitting = {key: per_channel(value, in_chans) for key, value in own.items() if value}
+    return dict(resolve_data_config({'input_size': (in_chans, *img_size), **fitting}, model=model))
 
 
 def per_channel(values: Sequence[float], in_chans: int) -> tuple[float, ...]:
