@@ -29,7 +29,7 @@ from timm_apvit.finetuning.preparation import EMBEDDED, EMBEDDED_MODEL, EMBEDDED
 from timm_apvit.finetuning.samples import Splits
 from timm_apvit.learning.parameter_groups import param_groups
 
-BATCH_SIZE, LR, WARMUP, CLIP = 64, 1e-3, 0.1, 1.0
+BATCH_SIZE, LR, WARMUP, CLIP = 32, 1e-3, 0.1, 1.0
 
 
 class Epochs(IterableDataset[Any]):
@@ -185,7 +185,8 @@ def learn(job: tuple[str, int, int, int]) -> dict[str, Any]:
     loop, seed, images, epochs = job
     torch.set_num_threads(1)
     torch.manual_seed(seed)
-    splits, model = load_embedded_digits(seed, (3, EMBEDDED['img_size'], EMBEDDED['img_size']), images), create_model()
+    size = (EMBEDDED_MODEL_KWARGS['in_chans'], EMBEDDED['img_size'], EMBEDDED['img_size'])
+    splits, model = load_embedded_digits(seed, size, images), create_model()
     begun = time.monotonic()
     trained = LOOPS[loop](model.train(), splits, epochs, seed)
     seconds = round(time.monotonic() - begun, 1)
