@@ -223,3 +223,11 @@ def test_resume_refuses_other_classes_and_takes_its_own_options(tmp_path, capsys
     capsys.readouterr()
     assert main(['finetune', '--resume', str(output)]) == 2
     assert 'expected the classes that the run was trained on, a, b, got a, c' in capsys.readouterr().err
+
+
+def test_grey_digits_are_trained_and_saved_without_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    sizes = ['--samples', '32', '--test-samples', '8', '--epochs', '1', '--warmup', '0.5', '--no-twin']
+    assert main(['finetune', *sizes, '--output', str(tmp_path / 'run')]) == 0
+    assert not [record for record in caplog.records if 'does not match' in record.getMessage()]
+    model = timm.create_model(f'local-dir:{tmp_path / "run" / "best"}', pretrained=True)
+    assert model(torch.randn(1, 1, 112, 112)).shape == (1, 10)
