@@ -1,6 +1,8 @@
 """Shared fixtures: photographs, real weights, trained-looking models."""
 
+import json
 import os
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -74,6 +76,21 @@ def second_epoch(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
     monkeypatch.setattr(Learner, 'update', failing)
     return acts
+
+
+@pytest.fixture
+def run_main(tmp_path, monkeypatch):
+    """Run a benchmark's main with arguments, and return what it writes."""
+    threads = torch.get_num_threads()
+
+    def run(module, *arguments):
+        output = tmp_path / 'found.json'
+        monkeypatch.setattr(sys, 'argv', [module.__file__, *arguments, '--output', str(output)])
+        module.main()
+        return json.loads(output.read_text())
+
+    yield run
+    torch.set_num_threads(threads)
 
 
 def randomise(model: nn.Module, seed: int = 0, std: float = 0.04) -> nn.Module:

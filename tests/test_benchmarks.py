@@ -1,6 +1,5 @@
 """The benchmark's contestants and images."""
 
-import json
 import sys
 from pathlib import Path
 
@@ -195,23 +194,8 @@ def test_missing_files_are_named(tmp_path):
         load_fashion(tmp_path, train=True)
 
 
-@pytest.fixture
-def run(tmp_path, monkeypatch):
-    """Run a benchmark's main with arguments, and return what it writes."""
-    threads = torch.get_num_threads()
-
-    def run_main(module, *arguments):
-        output = tmp_path / 'found.json'
-        monkeypatch.setattr(sys, 'argv', [module.__file__, *arguments, '--output', str(output)])
-        module.main()
-        return json.loads(output.read_text())
-
-    yield run_main
-    torch.set_num_threads(threads)
-
-
-def test_families_are_timed_in_turns(run, capsys):
-    rows = run(transforms, '--model', 'test_apvit', '--batch', '1', '--rounds', '3')['families']
+def test_families_are_timed_in_turns(run_main, capsys):
+    rows = run_main(transforms, '--model', 'test_apvit', '--batch', '1', '--rounds', '3')['families']
     assert [row['family'] for row in rows] == ['ViT', *timm_apvit.TRANSFORMS]
     reference = next(row for row in rows if row['family'] == transforms.REFERENCE)
     assert reference['ratio_quartiles'] == [1, 1, 1]
@@ -220,9 +204,9 @@ def test_families_are_timed_in_turns(run, capsys):
 
 
 @pytest.mark.slow
-def test_speed_is_that_of_two_references_and_the_parts_make_the_whole(run):
+def test_speed_is_that_of_two_references_and_the_parts_make_the_whole(run_main):
     setting = ['--batches', '1', '--rounds', '3', '--modes', 'forward', 'train', '--parts']
-    rows = run(speed, '--models', 'apvit_tiny', '--tokens', '196', '49', *setting)['rows']
+    rows = run_main(speed, '--models', 'apvit_tiny', '--tokens', '196', '49', *setting)['rows']
     assert [(row['mode'], row['tokens']) for row in rows] == [(m, n) for m in ('forward', 'train') for n in (196, 49)]
     for row in rows:
         assert row['to_full'] == sorted(row['to_full'])
@@ -235,10 +219,10 @@ def test_speed_is_that_of_two_references_and_the_parts_make_the_whole(run):
 
 
 @pytest.mark.skipif(not Path('/proc/self/clear_refs').exists(), reason='Peak memory is measured on Linux only.')
-def test_sampling_is_held_against_other_ways_and_a_bound(run, monkeypatch):
+def test_sampling_is_held_against_other_ways_and_a_bound(run_main, monkeypatch):
     setting = sampling.Sampling(8, 64, 128, 'cpu')
     monkeypatch.setattr(sampling, 'memory', lambda way, args: sampling.peak(setting, way))
-    found = run(sampling, '--tokens', '64', '--source', '128', '--rounds', '2')
+    found = run_main(sampling, '--tokens', '64', '--source', '128', '--rounds', '2')
     ways = {row['way']: row for row in found['ways']}
     assert list(ways) == list(sampling.WAYS)
     # An image each, but for pages that the process already had.
@@ -257,19 +241,19 @@ def test_all_ways_of_sampling_take_the_same_patches_where_nothing_aliases():
 
 
 @pytest.mark.slow
-def test_startup_is_that_of_a_fresh_process(run):
-    found = run(startup, '--model', 'apvit_tiny', '--processes', '1')
+def test_startup_is_that_of_a_fresh_process(run_main):
+    found = run_main(startup, '--model', 'apvit_tiny', '--processes', '1')
     assert found['import_milliseconds'] > 0
     assert found['creation_to_vit'] > 0
     assert len(found['runs']) == 1
 
 
-def test_int8_is_measured_on_a_runs_own_test_images(run, tmp_path):
+def test_int8_is_measured_on_a_runs_own_test_images(run_main, tmp_path):
     sizes = {'img-size': 32, 'num-patches': 4, 'epochs': 1, 'samples': 8, 'test-samples': 20, 'batch-size': 2}
     options = [word for name, value in sizes.items() for word in (f'--{name}', str(value))]
     trained = str(tmp_path / 'trained')
     assert main(['finetune', '--output', trained, '--no-twin', '--device', 'cpu', '--threads', '1', *options]) == 0
-    exact, rounded = run(int8, trained, '--speed-of', 'test_apvit', '--num-patches', '4', '--rounds', '1')['rows']
+    exact, rounded = run_main(int8, trained, '--speed-of', 'test_apvit', '--num-patches', '4', '--rounds', '1')['rows']
     assert exact['images'] == rounded['images'] == 20
     assert exact['loss'] == pytest.approx(rounded['loss'], abs=0.1)
     assert exact['loss'] != rounded['loss']

@@ -1,11 +1,7 @@
 """What a GPU is measured by, on the CPU at reduced size, so that it cannot rot."""
 
-import json
 import sys
 from pathlib import Path
-
-import pytest
-import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / 'benchmarks'))
 
@@ -13,23 +9,8 @@ import checks
 import gpu
 
 
-@pytest.fixture
-def run(tmp_path, monkeypatch):
-    """Run the benchmark with arguments, and return what it writes."""
-    threads = torch.get_num_threads()
-
-    def run_main(*arguments):
-        output = tmp_path / 'found.json'
-        monkeypatch.setattr(sys, 'argv', [gpu.__file__, *arguments, '--output', str(output)])
-        gpu.main()
-        return json.loads(output.read_text())
-
-    yield run_main
-    torch.set_num_threads(threads)
-
-
-def test_all_that_a_gpu_is_measured_by_runs_at_reduced_size(run, capsys):
-    found = run('--device', 'cpu')
+def test_all_that_a_gpu_is_measured_by_runs_at_reduced_size(run_main, capsys):
+    found = run_main(gpu, '--device', 'cpu')
     assert {each['check']: each['holds'] for each in found['checks']} == {
         name: None if name in ('CUDA graph', 'memory', 'compiled') else True for name in checks.CHECKS
     }
@@ -41,13 +22,13 @@ def test_all_that_a_gpu_is_measured_by_runs_at_reduced_size(run, capsys):
     assert capsys.readouterr().out.splitlines()[-1] == found['verdict'] == last
 
 
-def test_what_fails_on_a_gpu_is_told_and_the_rest_goes_on(run, monkeypatch, capsys):
+def test_what_fails_on_a_gpu_is_told_and_the_rest_goes_on(run_main, monkeypatch, capsys):
     def broken(*args):
         raise RuntimeError('no kernel image is available\nand more')
 
     monkeypatch.setattr(gpu, 'CHECKS', {'learns': broken, 'identity': checks.identity})
     monkeypatch.setattr(gpu, 'measure', broken)
-    found = run('--device', 'cpu')
+    found = run_main(gpu, '--device', 'cpu')
     assert [each['holds'] for each in found['checks']] == [False, True]
     assert len(found['failed']) == len(gpu.cases(reduced=True))
     assert 'FAILED  learns                RuntimeError: no kernel image is available\n' in capsys.readouterr().out

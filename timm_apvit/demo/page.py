@@ -74,7 +74,7 @@ class Viewer:
         return model
 
     def numbers(self, name: str, transform: str = OWN) -> tuple[int, int]:
-        """The most patches that the page offers, those of the base grid, and those that the model has."""
+        """The most patches that the page offers, those of the base grid or of the model, and those that it has."""
         with self._lock:
             model = self.load(name, None if transform == OWN else transform)
             rows, columns = model.patch_embed.grid_size

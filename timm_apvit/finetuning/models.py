@@ -138,10 +138,7 @@ def _twin_of(name: str) -> str | None:
 
 def with_images(model: APViT, settings: Settings) -> APViT:
     """The model, which takes images cropped and normalised as the settings say, here and wherever it is loaded."""
-    config = image_config(model)
-    in_chans = config['input_size'][0]
-    # Those of as many channels as it has, or else timm warns of it wherever the model is saved.
-    model.pretrained_cfg.update({key: config[key] for key in ('mean', 'std')})
+    in_chans = image_config(model)['input_size'][0]
     for key in ('mean', 'std', 'crop_pct'):
         if (value := getattr(settings, key)) is not None:
             if isinstance(value, list) and len(value) not in (1, in_chans):

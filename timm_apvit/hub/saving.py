@@ -18,7 +18,7 @@ from timm_apvit.failures import one_line
 from timm_apvit.hub.labels import LabelNames, checked_label_names
 from timm_apvit.models.mixin import APViT, check_apvit
 from timm_apvit.patching.transforms import other_bounds
-from timm_apvit.pictures.images import per_channel
+from timm_apvit.pictures.images import image_config
 
 SAVED = ('model.safetensors', 'config.json')
 
@@ -106,6 +106,9 @@ def save_pretrained(
     if label_names is not None:
         config['label_names'] = checked_label_names(label_names, model.num_classes)
     model_args = reconstruction_args(model)
+    # Of as many channels as the model has, or else timm warns that they are not.
+    normalisation = {key: value for key, value in image_config(model).items() if key in ('mean', 'std')}
+    model.pretrained_cfg = {**model.pretrained_cfg, **normalisation}
     target.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target, prefix='.saving-') as unfinished:
         try:
@@ -144,8 +147,6 @@ def _mend_config(path: Path, in_chans: int, img_size: tuple[int, int]) -> None:
         config['model_args'].pop(name, None)
     pretrained_cfg = config['pretrained_cfg']
     pretrained_cfg['input_size'] = [in_chans, *img_size]
-    for key in ('mean', 'std'):
-        pretrained_cfg[key] = per_channel(pretrained_cfg[key], in_chans)
     pretrained_cfg.pop('test_input_size', None)
     if 'label_names' in config:
         pretrained_cfg.pop('label_names', None)

@@ -173,9 +173,7 @@ class AdaptivePatching(nn.Module):
     def _exposed_density(self, density: Tensor) -> Tensor:
         """The density of the anchors: a share follows what was seen, but for some images in train mode."""
         density = density / density.mean(dim=(1, 2), keepdim=True).clamp(min=1e-12)
-        if self.training and self.whole_share > 0:
-            even = torch.rand(density.shape[0], 1, 1, device=density.device) < self.whole_share
-            density = torch.where(even, torch.ones_like(density), density)
+        density = self._whole_at_times(density, torch.ones_like(density))
         return self.localizer.crowd * density + (1 - self.localizer.crowd)
 
     def _exposed(self, window: Tensor) -> Tensor:
@@ -183,7 +181,11 @@ class AdaptivePatching(nn.Module):
         window = window_inside(window)
         if self.training and self.window_jitter > 0:
             window = shifted_window(window, self.window_jitter * torch.randn_like(window))
-        if self.training and self.whole_share > 0:
-            whole = torch.rand(window.shape[0], 1, device=window.device) < self.whole_share
-            window = torch.where(whole, vector_on(WHOLE, window.device), window)
-        return window
+        return self._whole_at_times(window, vector_on(WHOLE, window.device))
+
+    def _whole_at_times(self, seen: Tensor, whole: Tensor) -> Tensor:
+        """What is seen of each image ``(B, ...)``, but for some in train mode, which are seen whole."""
+        if not (self.training and self.whole_share > 0):
+            return seen
+        chosen = torch.rand([seen.shape[0], *[1] * (seen.dim() - 1)], device=seen.device) < self.whole_share
+        return torch.where(chosen, whole, seen)
