@@ -17,7 +17,7 @@ KWARGS = {'num_classes': 5, 'depth': 2, 'img_size': 96, 'num_patches': 9, 'trans
 # Each process builds the model on the meta device, shards block after block and the rest, takes the weights of a file,
 # and makes its half of two steps; the first one writes what all have learnt.
 SHARDED = f"""
-import sys, timm, timm_apvit, torch
+import os, sys, timm, timm_apvit, torch
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -60,6 +60,7 @@ state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=Tru
 if rank == 0:
     torch.save((state, losses / 2), written)
 torch.distributed.destroy_process_group()
+os._exit(0)  # a thread of Gloo that still holds a tensor would abort an interpreter that ends
 """
 
 

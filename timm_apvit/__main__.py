@@ -1,5 +1,7 @@
 """``python -m timm_apvit``, and ``timm-apvit``."""
 
+import atexit
+import os
 import sys
 
 
@@ -8,10 +10,17 @@ def main() -> int:
     try:
         from timm_apvit.cli.main import main as run
 
-        return run()
+        status = run()
     except KeyboardInterrupt:
         sys.stderr.write('interrupted; nothing was written\n')
-        return 130
+        status = 130
+    if int(os.environ.get('WORLD_SIZE', '1')) > 1 and sys.argv[1:2] != ['run']:
+        # A thread of torch's process group that still holds a tensor would abort an interpreter that ends (torch 2.14).
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    return status
 
 
 if __name__ == '__main__':

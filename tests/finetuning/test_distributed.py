@@ -24,7 +24,7 @@ TINY += ' --ema 0.9 --freeze-backbone-epochs 1'
 # Ends the second process, or stops it, in its n-th update of the weights.
 LOST = """
 import os, signal, sys, torch
-from timm_apvit.cli.main import main
+from timm_apvit.__main__ import main
 step, left, how = torch.optim.AdamW.step, [int(sys.argv.pop(1))], sys.argv.pop(1)
 def losing_step(*args, **kwargs):
     left[0] -= 1
@@ -32,7 +32,7 @@ def losing_step(*args, **kwargs):
         os.kill(os.getpid(), getattr(signal, how))
     return step(*args, **kwargs)
 torch.optim.AdamW.step = losing_step
-sys.exit(main(sys.argv[1:]))
+sys.exit(main())
 """
 
 
