@@ -13,6 +13,7 @@ from torch import nn
 from timm_apvit.models import patch_embed
 from timm_apvit.patching import layer as patching
 from timm_apvit.patching import pos_embed
+from timm_apvit.patching.geometry import PatchGeometry
 
 REST = 'everything else'
 
@@ -25,7 +26,7 @@ def time_parts(model: nn.Module, step: Callable[[], None], rounds: int) -> dict[
         ('localiser: look', embed.patching.localizer, 'look'),
         ('localiser: predict', embed.patching.localizer, 'forward'),
         ('geometry: place', embed.patching.transform, 'forward'),
-        ('geometry: points', patching, 'patch_points'),
+        ('geometry: points', PatchGeometry, 'points'),
         ('geometry: footprint', patching, 'patch_jacobians'),
         ('geometry: footprint', patching, 'footprint'),
         ('sampling', patching, 'sample_patches'),

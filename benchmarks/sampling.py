@@ -26,7 +26,6 @@ from torch import Tensor
 
 from timm_apvit import AdaptivePatching, PatchGeometry
 from timm_apvit.patching.coords import sample_grid
-from timm_apvit.patching.geometry import patch_points
 
 PATCH = 16
 COPIED = 1 << 26  # floats, 256 MiB: beyond any cache
@@ -60,7 +59,7 @@ class Sampling:
         return F.grid_sample(images, self._points().flatten(0, 1), padding_mode='border', align_corners=False)
 
     def _points(self) -> Tensor:
-        return patch_points(self.geometry, sample_grid((PATCH, PATCH), self.image.device))
+        return self.geometry.points(sample_grid((PATCH, PATCH), self.image.device))
 
     def bytes_to_move(self) -> int:
         """Of the image, which must be read, and of the patches, which must be written."""

@@ -5,6 +5,7 @@ import re
 
 import pytest
 import timm
+import torch
 import yaml
 from conftest import create
 from hub_uploads import front_matter, problems_of_card
@@ -63,6 +64,14 @@ def test_front_matter_is_what_the_hub_reads(tmp_path):
     read = ModelCard(card)
     assert read.data.to_dict() == data
     assert len(read.data.eval_results) == 4
+
+
+def test_metrics_go_by_the_names_of_the_hub():
+    rows = [{'budget': '4', 'num_patches': 4, 'map': 0.5}]
+    front = front_matter(model_card(create(num_classes=3), 'me/model', details=CardDetails(results={'rows': rows})))
+    assert front['metrics'] == ['mean_average_precision']
+    (metric,) = front['model-index'][0]['results'][0]['metrics']
+    assert (metric['type'], metric['name']) == ('mean_average_precision', 'mean average precision at 4 patches')
 
 
 def test_model_of_unknown_origin_claims_no_source_and_no_license():
@@ -204,15 +213,18 @@ def test_rejects_one_string_for_the_datasets():
         CardDetails(datasets='me/birds')
 
 
-@pytest.mark.parametrize('channels', [1, 3, 4])
-def test_snippet_runs(channels, tmp_path, monkeypatch):
+@pytest.mark.parametrize(('channels', 'several'), [(1, False), (3, True), (3, False), (4, False)])
+def test_snippet_runs(channels, several, tmp_path, monkeypatch):
     """As it stands, but for where the weights lie."""
     from PIL import Image
 
     import timm_apvit
 
     model = create(num_classes=2, img_size=64, in_chans=channels)
-    timm_apvit.save_pretrained(model, tmp_path / 'saved', label_names=['cat', 'dog'])
+    if several:  # an image is of both classes
+        torch.nn.init.constant_(model.head.bias, 9.0)
+    kind = {'problem_type': 'multi_label_classification' if several else None}
+    timm_apvit.save_pretrained(model, tmp_path / 'saved', label_names=['cat', 'dog'], model_config=kind)
     Image.new('RGB', (50, 70), 'red').save(tmp_path / 'image.jpg')
     monkeypatch.chdir(tmp_path)
     use = sections(model_card(model, 'me/model', label_names=['cat', 'dog']))['Use']
@@ -220,6 +232,6 @@ def test_snippet_runs(channels, tmp_path, monkeypatch):
     printed = []
     space = {'print': printed.append}
     exec(code, space)
-    assert printed[0] in ('cat', 'dog')
+    assert printed[0] in ([['cat', 'dog']] if several else [['cat'], ['dog']])
     assert space['model'].num_patches == 8
     assert space['geometry'].centres.shape == (1, 8, 2)

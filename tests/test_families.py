@@ -12,7 +12,7 @@ from torch import Tensor
 from timm_apvit import TRANSFORMS
 from timm_apvit.patching.anchors import Anchors, Layout, Rows
 from timm_apvit.patching.coords import sample_grid
-from timm_apvit.patching.geometry import footprint, patch_jacobians, patch_points
+from timm_apvit.patching.geometry import footprint, patch_jacobians
 from timm_apvit.patching.warps import MAX_STRAIN, lattice
 
 CPU = torch.device('cpu')
@@ -52,7 +52,7 @@ def test_zero_is_the_identity(name):
     torch.testing.assert_close(geometry.centres[0], centres)
     torch.testing.assert_close(geometry.extents[0], extents)
     expected = F.affine_grid(torch.eye(2, 3)[None], [1, 1, 3 * 4, 4 * 4], align_corners=False)[0]
-    points = patch_points(geometry, sample_grid((4, 4), CPU))[0].reshape(3, 4, 4, 4, 2).transpose(1, 2)
+    points = geometry.points(sample_grid((4, 4), CPU))[0].reshape(3, 4, 4, 4, 2).transpose(1, 2)
     torch.testing.assert_close(points.reshape(12, 16, 2), expected)
 
 
@@ -114,7 +114,7 @@ def test_families_nest_by_field_name(inner, outer):
     centres, extents, _ = Rows(12, 3).anchors(CPU)
     raw = zeros(12) | random_parameters(TRANSFORMS[inner].fields, 1)
     local = sample_grid((3, 3), CPU)
-    points = [patch_points(TRANSFORMS[name]()(raw, Anchors(centres, extents), SIZE), local) for name in (inner, outer)]
+    points = [TRANSFORMS[name]()(raw, Anchors(centres, extents), SIZE).points(local) for name in (inner, outer)]
     torch.testing.assert_close(*points, rtol=0, atol=0)
 
 
@@ -140,7 +140,7 @@ def test_every_sample_lies_inside_the_image_and_no_patch_folds(name, seed, layou
     raw = random_parameters(TRANSFORMS[name].fields, -(-400 // layout[0]), layout[0], std)
     transform = TRANSFORMS[name](**bounds)
     geometry = transform(raw, Anchors(centres, extents), size, noise=torch.randn_like(raw['shift']))
-    assert patch_points(geometry, sample_grid(patch, CPU)).abs().max() <= 1 + 1e-6
+    assert geometry.points(sample_grid(patch, CPU)).abs().max() <= 1 + 1e-6
     assert geometry.outlines(30).abs().max() <= 1 + 1e-5
     assert all(value.isfinite().all() for value in geometry if value is not None)
     jacobians = patch_jacobians(geometry, sample_grid(patch, CPU))
@@ -202,7 +202,7 @@ def test_gradcheck_geometry(name):
 
     def points(*values):
         geometry = transform(dict(zip(fields, values, strict=True)), Anchors(centres, extents), SIZE)
-        return patch_points(geometry, local), footprint(patch_jacobians(geometry, local), SIZE, (4, 4))
+        return geometry.points(local), footprint(patch_jacobians(geometry, local), SIZE, (4, 4))
 
     assert torch.autograd.gradcheck(points, [raw[name].requires_grad_() for name in fields])
 
@@ -214,7 +214,7 @@ def test_gradients_at_the_identity_are_finite_and_reach_every_field(name):
     geometry = TRANSFORMS[name]()(raw, Anchors(centres, extents), SIZE)
     local = sample_grid((4, 4), CPU)
     steps = footprint(patch_jacobians(geometry, local), SIZE, (4, 4))
-    (patch_points(geometry, local) * torch.randn(4, 4, 2)).sum().add(steps.sum()).backward()
+    (geometry.points(local) * torch.randn(4, 4, 2)).sum().add(steps.sum()).backward()
     for value in raw.values():
         assert value.grad.isfinite().all()
         assert value.grad[0, 4].abs().min() > 0  # the inner patch is free

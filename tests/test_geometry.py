@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from timm_apvit import TRANSFORMS
 from timm_apvit.patching.anchors import Anchors, Rows
 from timm_apvit.patching.coords import sample_grid
-from timm_apvit.patching.geometry import footprint, inward_clamp, patch_jacobians, patch_points, place_inside
+from timm_apvit.patching.geometry import footprint, inward_clamp, patch_jacobians, place_inside
 from timm_apvit.patching.warps import Spline
 
 CPU = torch.device('cpu')
@@ -40,7 +40,7 @@ def test_convention_points_are_those_of_affine_grid():
     rotation = torch.tensor([[math.cos(phi), -math.sin(phi)], [math.sin(phi), math.cos(phi)]])
     linear = pixels.inverse() @ rotation @ pixels @ torch.diag(extent) @ torch.tensor([[1, shear], [0, 1]])
     expected = F.affine_grid(torch.cat([linear, centre[:, None]], 1)[None], [1, 1, 5, 7], align_corners=False)
-    torch.testing.assert_close(patch_points(geometry, sample_grid((5, 7), CPU))[0], expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(geometry.points(sample_grid((5, 7), CPU))[0], expected, rtol=0, atol=1e-6)
 
 
 def test_convention_rotation_is_clockwise_on_the_screen_and_rigid_in_pixels():
@@ -58,7 +58,7 @@ def test_convention_rotation_is_clockwise_on_the_screen_and_rigid_in_pixels():
 @pytest.mark.parametrize('warp', WARPS)
 def test_convention_the_centre_is_where_a_patch_has_its_own(warp):
     geometry = placed(warp)
-    torch.testing.assert_close(patch_points(geometry, torch.zeros(2, dtype=torch.float64)), geometry.centres)
+    torch.testing.assert_close(geometry.points(torch.zeros(2, dtype=torch.float64)), geometry.centres)
 
 
 def test_outlines_are_closed_and_clockwise_from_the_top_left():
@@ -74,7 +74,7 @@ def test_outlines_are_closed_and_clockwise_from_the_top_left():
 def test_jacobians_are_those_of_autograd(warp):
     geometry, local = placed(warp), sample_grid((3, 4), CPU).double()
     local[0, 0] = -1 / 3  # a control point, where the kernel's logarithm has its pole
-    expected = torch.autograd.functional.jacobian(lambda u: patch_points(geometry, u).sum(dim=(0, 1)), local)
+    expected = torch.autograd.functional.jacobian(lambda u: geometry.points(u).sum(dim=(0, 1)), local)
     expected = torch.einsum('ijkijl->ijkl', expected)
     jacobians = patch_jacobians(geometry, local).expand(2, 5, 3, 4, 2, 2)
     torch.testing.assert_close(jacobians.sum(dim=(0, 1)), expected, rtol=0, atol=1e-9)
@@ -100,7 +100,7 @@ def test_footprint_is_the_way_in_pixels_from_sample_to_sample(warp):
     """Between the nearest and the farthest neighbour of a fine grid of samples."""
     geometry, size = placed(warp, dtype=torch.float32), (40, 50)
     local = sample_grid(size, CPU)
-    points = patch_points(geometry, local) * torch.tensor([SIZE[1] / 2, SIZE[0] / 2])
+    points = geometry.points(local) * torch.tensor([SIZE[1] / 2, SIZE[0] / 2])
     steps = footprint(patch_jacobians(geometry, local), SIZE, size).expand(2, 5, *size)
     diagonal = math.sqrt(2) * steps
     for axis in (2, 3):

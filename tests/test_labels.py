@@ -5,8 +5,9 @@ import re
 
 import numpy as np
 import pytest
+from conftest import create
 
-from timm_apvit.hub.labels import checked_label_names, saved_label_names
+from timm_apvit.hub.labels import checked_label_names, class_names, saved_label_names
 
 NAMES = ['owl', 'tit', 'emu']
 
@@ -51,7 +52,7 @@ def test_names_by_number_are_in_the_order_of_the_numbers():
         (['owl', 'tit'], "expected names of 3 classes, got 2: 'owl', 'tit'"),
         ([], 'expected names of 3 classes, got 0'),
         (['owl', 'tit', 'owl'], "expected label_names that all differ, got 'owl' more than once"),
-        (['owl'] * 7, "got 7: 'owl', 'owl', 'owl', 'owl', 'owl', ..."),
+        (['owl'] * 7, "got 7: 'owl', 'owl', 'owl', 'owl', 'owl' and 2 more"),
     ],
 )
 def test_rejects_what_does_not_name_each_class(given, message):
@@ -68,3 +69,14 @@ def test_saved_names_are_those_of_the_classes(tmp_path):
     ):
         (tmp_path / 'config.json').write_text(json.dumps(config))
         assert saved_label_names(tmp_path, 3) == expected
+
+
+def test_classes_are_those_of_imagenet_or_numbers_where_nothing_names_them():
+    model = create()
+    assert class_names(model)[0].startswith('tench')
+    model.pretrained_cfg['source'] = 'local-dir'  # of classes that nobody named
+    assert class_names(model)[:2] == ['0', '1']
+    model.reset_classifier(3)
+    assert class_names(model) == ['0', '1', '2']
+    model.pretrained_cfg['label_names'] = NAMES
+    assert class_names(model) == NAMES

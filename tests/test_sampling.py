@@ -11,7 +11,7 @@ from torch import Tensor
 from timm_apvit import TRANSFORMS
 from timm_apvit.patching.anchors import Anchors, Rows
 from timm_apvit.patching.coords import sample_grid
-from timm_apvit.patching.geometry import footprint, patch_jacobians, patch_points, place_inside
+from timm_apvit.patching.geometry import footprint, patch_jacobians, place_inside
 from timm_apvit.patching.sampling import mip_level, mip_pyramid, num_mip_levels
 from timm_apvit.patching.sampling import sample_patches as sample_pyramid
 
@@ -31,7 +31,7 @@ def grid_patches(image: Tensor, grid: tuple[int, int], patch: int) -> Tensor:
     centres, extents, _ = Rows(grid[0] * grid[1], grid[0]).anchors(CPU)
     raw = {'shift': torch.zeros(image.shape[0], grid[0] * grid[1], 2)}
     geometry = transform(raw, Anchors(centres, extents), size)
-    points = patch_points(geometry, sample_grid((patch, patch), CPU))
+    points = geometry.points(sample_grid((patch, patch), CPU))
     steps = footprint(geometry.image_from_patch, size, (patch, patch))
     return sample_patches(image, points, steps, steps.max().item())
 
@@ -118,7 +118,7 @@ def test_antialiasing_against_the_true_area_average(photographs, average, scale,
         geometry = place_inside(
             centres * 2 / size - 1, extents, torch.zeros(1, 50), torch.zeros(1, 50), tuple(image.shape[-2:])
         )
-        points = patch_points(geometry, sample_grid((patch, patch), CPU))
+        points = geometry.points(sample_grid((patch, patch), CPU))
         steps = footprint(geometry.image_from_patch, tuple(image.shape[-2:]), (patch, patch))
         torch.testing.assert_close(steps, torch.full_like(steps, scale), rtol=1e-3, atol=0)
         truth = average(image[0], (points[0] + 1) / 2 * size, scale).transpose(0, 1)
@@ -222,8 +222,8 @@ def test_the_footprint_of_a_warped_patch_follows_its_samples(photographs, name, 
         centres, extents = torch.rand(30, 2) - 0.5, 1.8 * patch / torch.tensor([size[1], size[0]]).expand(30, 2)
         geometry = transform(raw, Anchors(centres, extents), size)
         local = sample_grid((patch, patch), CPU)
-        points, steps = patch_points(geometry, local), footprint(patch_jacobians(geometry, local), size, (patch, patch))
-        cells = patch_points(geometry, sample_grid((patch * fineness, patch * fineness), CPU))
+        points, steps = geometry.points(local), footprint(patch_jacobians(geometry, local), size, (patch, patch))
+        cells = geometry.points(sample_grid((patch * fineness, patch * fineness), CPU))
         truth = F.avg_pool2d(sample_patches(image, cells, torch.ones(1, 30), 1.0)[0], fineness)
         one = steps.square().mean(dim=(2, 3)).sqrt()
         for key, given, bound in (('own', steps, 64.0), ('one', one, 64.0), ('bilinear', steps, 1.0)):

@@ -10,7 +10,7 @@ from conftest import create, images, move_patches, randomise, relative
 
 import timm_apvit
 from timm_apvit.models.rope import rope_at
-from timm_apvit.models.vits import timm_class
+from timm_apvit.models.vits import ADAPTIVE_CLASSES
 
 # Of the standard deviation: of logits and pooled features, of tokens and maps.
 POOLED, TOKENS = 1e-4, 2e-4
@@ -71,7 +71,7 @@ def test_twin_is_the_vit(name, size):
     vit, twin = pair(name, size, num_classes=10)
     assert isinstance(twin, timm_apvit.APViT)
     assert isinstance(twin, type(vit))
-    assert timm_class(twin) is type(vit)
+    assert type(twin) is ADAPTIVE_CLASSES[type(vit)]
     image = images(2, 3, *size)
     pooled, tokens = differences(twin, vit, image)
     assert max(pooled) <= POOLED, pooled

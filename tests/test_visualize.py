@@ -296,5 +296,5 @@ def test_rejects_to_draw_without_matplotlib(monkeypatch: pytest.MonkeyPatch) -> 
         monkeypatch.setitem(sys.modules, name, None if name.startswith('matplotlib') else sys.modules[name])
     monkeypatch.delitem(sys.modules, 'timm_apvit.pictures.drawing')
     monkeypatch.delattr('timm_apvit.pictures.drawing')
-    with pytest.raises(ModuleNotFoundError, match=r"pictures need matplotlib: pip install 'timm-apvit\[pictures\]'"):
+    with pytest.raises(ModuleNotFoundError, match=r"a picture needs matplotlib: pip install 'timm-apvit\[pictures\]'"):
         plot_patches(create(img_size=32), torch.rand(3, 8, 8))

@@ -3,6 +3,7 @@
 import errno
 import importlib.util
 import re
+from collections.abc import Iterable
 
 import torch
 
@@ -60,3 +61,9 @@ def one_line(error: BaseException) -> str:
         return lines[-1].partition(': ')[2] or lines[-1]
     text = ' '.join(lines)
     return text if len(text) <= LONGEST else text[:LONGEST] + '...'
+
+
+def listed(names: Iterable[object], most: int = 5) -> str:
+    """The first few of some names, and how many more there are."""
+    every = [str(name) for name in names]
+    return (', '.join(every[:most]) + f' and {len(every) - most} more' * (len(every) > most)) or 'none'

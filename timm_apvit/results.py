@@ -16,23 +16,28 @@ COLUMNS = (
 )
 
 
+def metric_in(row: Mapping[str, Any], prefix: str = '') -> str:
+    """What a row tells that models are compared by: a key of `METRICS`, after a prefix."""
+    return next(metric for metric in METRICS if prefix + metric in row)
+
+
 def check_results(results: Any) -> None:
     """Raise ValueError unless a table can be made of results."""
     rows = results.get('rows') if isinstance(results, Mapping) else None
     if not isinstance(rows, list | tuple) or not rows or not all(isinstance(row, Mapping) for row in rows):
-        raise ValueError(f'expected results with rows, as evaluate writes them, got {_shortened(results)}')
+        raise ValueError(f'expected results with rows, as evaluate writes them, got {results!r:.80}')
     for row in rows:
         if not ({'budget', 'num_patches'} <= row.keys() and METRICS.keys() & row.keys()):
-            raise ValueError(f'expected rows with budget, num_patches and top1, got {_shortened(row)}')
+            raise ValueError(f'expected rows with budget, num_patches and top1, got {row!r:.80}')
         speeds = row.get('images_per_second', {})
         if not isinstance(speeds, Mapping):
-            raise ValueError(f'expected images_per_second by size of the batch, got {_shortened(speeds)}')
+            raise ValueError(f'expected images_per_second by size of the batch, got {speeds!r:.80}')
         for key, value in [*((key, row.get(key, 0)) for key, _, _ in COLUMNS), *speeds.items()]:
             if not isinstance(value, int | float) or not math.isfinite(value):
                 raise ValueError(f'expected rows with finite numbers, got {key}={value!r} at {row["budget"]} patches')
     for key in ('versions', 'options'):
         if not isinstance(results.get(key, {}), Mapping):
-            raise ValueError(f'expected {key} by name, got {_shortened(results[key])}')
+            raise ValueError(f'expected {key} by name, got {results[key]!r:.80}')
 
 
 def results_table(results: Mapping[str, Any], dataset_name: str) -> str:
@@ -74,8 +79,3 @@ def aligned(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return '\n'.join(
         '  '.join([line[0].ljust(widths[0]), *cells[1:]]) for line, cells in zip(lines, padded, strict=True)
     )
-
-
-def _shortened(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + '...'

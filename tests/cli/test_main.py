@@ -48,9 +48,9 @@ def test_help_has_a_line_for_each_command_and_an_example_that_parses(path, name,
     assert status == 0
     assert output.out.startswith(f'usage: {name} ')
     lines = output.out.splitlines()
-    for command, help_text, *_ in COMMANDS:
-        assert [line.split(maxsplit=1) for line in lines if line.startswith(f'    {command} ')] == [
-            [command, help_text]
+    for command in COMMANDS:
+        assert [line.split(maxsplit=1) for line in lines if line.startswith(f'    {command.name} ')] == [
+            [command.name, command.help]
         ]
     examples = [line.strip().removeprefix(name).split() for line in lines if line.startswith(f'  {name} ')]
     assert [words[0] for words in examples] == ['finetune', 'evaluate', 'show']

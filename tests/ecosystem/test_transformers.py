@@ -1,5 +1,6 @@
 """What save_pretrained wrote is a checkpoint of transformers too, once timm_apvit is imported."""
 
+import copy
 import json
 import subprocess
 import sys
@@ -78,6 +79,22 @@ def test_processor_and_pipeline_classify_as_timm_does(saved):
     assert {each['label']: each['score'] for each in found} == pytest.approx(
         dict(zip(NAMES, probabilities.tolist(), strict=True)), rel=1e-3
     )
+
+
+def test_pipeline_knows_of_classes_that_do_not_exclude_each_other(saved, tmp_path):
+    model = copy.deepcopy(saved[0])
+    kind = {'problem_type': 'multi_label_classification'}
+    timm_apvit.save_pretrained(model, tmp_path / 'first', label_names=NAMES, model_config=kind)
+    loaded = timm.create_model(f'local-dir:{tmp_path / "first"}', pretrained=True)
+    timm_apvit.save_pretrained(loaded, tmp_path / 'second')  # which need not be told again
+    for folder in ('first', 'second'):
+        pipeline = transformers.pipeline('image-classification', model=str(tmp_path / folder))
+        logits = pipeline.model(**pipeline.image_processor(picture(), return_tensors='pt')).logits[0]
+        found = {each['label']: each['score'] for each in pipeline(picture())}
+        assert found == pytest.approx(dict(zip(NAMES, logits.sigmoid().tolist(), strict=True)), rel=1e-3)
+    loaded.reset_classifier(4)
+    timm_apvit.save_pretrained(loaded, tmp_path / 'third')
+    assert 'problem_type' not in json.loads((tmp_path / 'third/config.json').read_text())
 
 
 def test_save_pretrained_and_back_is_the_same_model_to_both_libraries(saved, tmp_path):

@@ -102,9 +102,11 @@ def test_several_labels_are_learnt_evaluated_and_predicted(
     assert main([*words, '--device', 'cpu']) == 0
     assert len(predicted.read_text().splitlines()) == 4
     before = predicted.read_text()
-    words.remove('--multi-label')  # which the run says
-    assert main([*words, '--device', 'cpu']) == 0
-    assert predicted.read_text() == before
+    words.remove('--multi-label')  # which the run says, and each model that it saved
+    for model in (run, run / 'best', f'local-dir:{run / "best"}'):
+        words[words.index('--model') + 1] = str(model)
+        assert main([*words, '--device', 'cpu']) == 0
+        assert predicted.read_text() == before
 
 
 def test_a_csv_is_read_as_csv_is(single: Path, tmp_path: Path) -> None:

@@ -158,3 +158,16 @@ def test_embedded_digits_are_normalised_by_channel() -> None:
     image = load_embedded_digits(0, (3, 16, 16), 4, 4, mean=(0.1, 0.2, 0.3), std=(1.0, 2.0, 4.0)).test[0][0]
     expected = (plain - torch.tensor([0.1, 0.2, 0.3]).view(3, 1, 1)) / torch.tensor([1.0, 2.0, 4.0]).view(3, 1, 1)
     torch.testing.assert_close(image, expected)
+
+
+@pytest.mark.parametrize(('number', 'expected'), [(2, [0, 3]), (4, [0, 1, 3, 5]), (9, [0, 1, 2, 3, 4, 5, 6])])
+def test_some_are_spread_over_all_and_no_others_are_read(number: int, expected: list[int]) -> None:
+    read: list[int] = []
+
+    class Numbered(Samples):
+        def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+            read.append(index)
+            return torch.zeros(1, 1, 1), index
+
+    _, labels = Numbered(7, 0).some(number)
+    assert labels.tolist() == read == expected

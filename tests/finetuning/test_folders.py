@@ -178,10 +178,10 @@ def test_test_images_are_found_with_and_without_training_images(folder: Path) ->
     for image in (folder / 'val/cat').iterdir():
         image.unlink()
     (folder / 'val/cat').rmdir()
-    whole, split = find_test(folder, 3), find_test(folder / 'val', 3)
+    whole, split = find_test(folder), find_test(folder / 'val')
     assert [label for _, label in whole.samples] == [1, 1, 1]  # of cat and dog
     assert [label for _, label in split.samples] == [0, 0, 0]  # of dog alone
-    named = find_test(folder / 'val', 3, {'cat': 0, 'dog': 1})
+    named = find_test(folder / 'val', {'cat': 0, 'dog': 1})
     assert named.samples == whole.samples
 
 

@@ -74,7 +74,7 @@ def test_an_image_file_is_read_alike_by_all(
     if mode == 'P' and ending == 'png':
         options['transparency'] = 0
     image.save(path, **options)
-    files = read_folder(folder, 3)
+    files = read_folder(folder)
     files.transform = np.asarray
     seen, label = files[0]
     assert label == 0
@@ -120,7 +120,7 @@ def test_each_image_of_a_tree_is_read_once_and_its_class_is_right(
         link = data.draw(st.sampled_from([None, '..', '.']))
         if link and not (folder / 'link').exists():
             (folder / 'link').symlink_to(link)
-    files = read_folder(root, 3)
+    files = read_folder(root)
     by_number = {number: name for name, number in files.class_to_idx.items()}
     assert {path: by_number[label] for path, label in files.samples} == expected_labels
     assert len(files.samples) == len(expected_labels)

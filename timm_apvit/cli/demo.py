@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 from timm_apvit.cli.options import add_shared
-from timm_apvit.demo.page import Viewer, load_gradio, page
+from timm_apvit.demo.page import Viewer, page
 from timm_apvit.failures import FailedError
 from timm_apvit.finetuning.models import MODEL_HELP
 from timm_apvit.finetuning.processes import check_device, default_device
@@ -26,7 +26,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def prepare(given: dict[str, Any]) -> Callable[[], None]:
     """Load the model, and build the page, which the work serves until it is interrupted."""
-    load_gradio()
     viewer = Viewer(given.get('random', False), check_device(given.get('device') or default_device(), None))
     blocks = page(viewer, given.get('model', DEFAULT))
 

@@ -15,11 +15,12 @@ from torch import Tensor, nn
 
 from timm_apvit import __version__
 from timm_apvit.cli.options import BATCH_SIZE, add_settings, add_shared, load
+from timm_apvit.failures import listed
 from timm_apvit.files import check_writable, write_atomically, write_csv
 from timm_apvit.finetuning.baseline import resizing, source_size
 from timm_apvit.finetuning.config import settings_of_run
 from timm_apvit.finetuning.evaluation import autocast, evaluate, images_per_second, multiply_adds
-from timm_apvit.finetuning.image_files import check_is_folder, shown
+from timm_apvit.finetuning.image_files import check_is_folder
 from timm_apvit.finetuning.models import MODEL_HELP, address_of, folder_of, with_images
 from timm_apvit.finetuning.preparation import check_budgets
 from timm_apvit.finetuning.samples import Splits
@@ -158,10 +159,10 @@ def check_classes(model: Any, own: Sequence[str] | None, splits: Splits) -> None
     names = splits.label_names
     if len(names) != model.num_classes:
         has = f'data of {model.num_classes} classes, as the model has'
-        raise ValueError(f'expected {has}, got {len(names)}: {shown(names)}')
+        raise ValueError(f'expected {has}, got {len(names)}: {listed(names)}')
     if own is not None and set(own) == set(names) and tuple(own) != names:
         raise ValueError(
-            f'expected the classes in the order of the model, {shown(own)}, got {shown(names)}; --class-map gives it'
+            f'expected the classes in the order of the model, {listed(own)}, got {listed(names)}; --class-map gives it'
         )
 
 

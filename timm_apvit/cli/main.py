@@ -23,44 +23,43 @@ PUSHED = 'interrupted; the repository has the files of before, or all of the new
 FEWER = 'lower --batch-size, --num-patches or --img-size, or add --amp bfloat16'
 BAD_INPUT = (ValueError, TypeError, OSError, ImportError)
 
-Prepare = Callable[[dict[str, Any]], Callable[[], Any]]
-
 
 class Command(NamedTuple):
     """A command.
 
     Attributes:
-        name: of it.
+        module: of its name, with ``add_arguments(parser)``, and ``prepare(given)`` that checks the arguments, by their
+            names, and returns the work.
         help: a line.
-        add: adds its arguments to a parser.
-        prepare: checks the arguments that were given, by their names, and returns the work.
         interrupted: what Ctrl-C leaves.
         remedy: what takes less memory.
     """
 
-    name: str
+    module: Any
     help: str
-    add: Callable[[argparse.ArgumentParser], None]
-    prepare: Prepare
     interrupted: str = NOTHING
     remedy: str = ''
 
+    @property
+    def name(self) -> str:
+        """As one types it."""
+        return str(self.module.__name__).rpartition('.')[2]
+
 
 COMMANDS = (
-    Command('finetune', 'fine-tune a model on images, or on embedded digits', finetune.add_arguments, finetune.prepare),
-    Command('evaluate', 'measure accuracy and speed by number of patches', evaluate.add_arguments, evaluate.prepare,
-            'interrupted', FEWER),
-    Command('predict', 'name what is in images, and where the model looked', predict.add_arguments, predict.prepare,
-            NOTHING, 'lower --batch-size or --num-patches'),
-    Command('show', 'draw where a model looks in images', show.add_arguments, show.prepare, NOTHING, export.REMEDY),
-    Command('demo', 'open a page on which one sees where a model looks', demo.add_arguments, demo.prepare,
-            'the page is closed'),
-    Command('export', 'export a model to ONNX or torch.export, and check it', export.add_arguments, export.prepare),
-    Command('push', 'push a model to the Hugging Face Hub, with a card', push.add_arguments, push.prepare, PUSHED),
-    Command('run', "run a script, such as timm's train.py, with our models", run.add_arguments, run.prepare),
-)  # fmt: skip
+    Command(finetune, 'fine-tune a model on images, or on embedded digits'),
+    Command(evaluate, 'measure accuracy and speed by number of patches', 'interrupted', FEWER),
+    Command(
+        predict, 'name what is in images, and where the model looked', NOTHING, 'lower --batch-size or --num-patches'
+    ),
+    Command(show, 'draw where a model looks in images', NOTHING, export.REMEDY),
+    Command(demo, 'open a page on which one sees where a model looks', 'the page is closed'),
+    Command(export, 'export a model to ONNX or torch.export, and check it'),
+    Command(push, 'push a model to the Hugging Face Hub, with a card', PUSHED),
+    Command(run, "run a script, such as timm's train.py, with our models"),
+)
 EXAMPLE = """\
-train a small model for five minutes, measure it with fewer patches and more, and look where it looks:
+train a small model for two or three minutes, measure it with fewer patches and more, and look where it looks:
   {prog} finetune --output runs/first
   {prog} evaluate runs/first --num-patches 9,16,25
   {prog} show photo.jpg --model runs/first -o patches.png
@@ -102,7 +101,7 @@ def make_parser(prog: str) -> argparse.ArgumentParser:
     for each in COMMANDS:
         command = commands.add_parser(each.name, help=each.help, description=f'{each.help[0].upper()}{each.help[1:]}.')
         command.argument_default = argparse.SUPPRESS  # only what is given
-        each.add(command)
+        each.module.add_arguments(command)
         module = 'Python module to import first, such as one with a transform family of your own'
         command.add_argument('--import', action=_Import, metavar='MODULE', help=module)
         command.add_argument('--debug', action='store_true', help='show where an error arose, with its traceback')
@@ -123,7 +122,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given.pop('import', None)
     work: Callable[[], Any] | None = None
     try:
-        work = command.prepare(given)
+        work = command.module.prepare(given)
         if command.name != 'run':
             work()
             return 0
@@ -146,7 +145,3 @@ def _told(error: BaseException, command: Command, prepared: bool) -> int:
     who = f'process {rank}: ' if rank else ''
     sys.stderr.write(f'error: {who}{text}\n')
     return 2 if isinstance(error, BAD_INPUT) and not prepared else 1
-
-
-if __name__ == '__main__':
-    sys.exit(main())

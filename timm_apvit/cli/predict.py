@@ -3,22 +3,19 @@
 import argparse
 import sys
 from collections.abc import Callable, Iterator
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 from timm.data import create_transform
-from torch import Tensor
 
 from timm_apvit.cli.options import BATCH_SIZE, add_model, add_shared, load
 from timm_apvit.failures import FailedError
 from timm_apvit.files import check_writable, write_csv
-from timm_apvit.finetuning.config import settings_of_run
 from timm_apvit.finetuning.image_files import images_below
-from timm_apvit.finetuning.sources import transform_config
 from timm_apvit.finetuning.values import number
+from timm_apvit.hub.labels import class_names, probabilities
 from timm_apvit.pictures.images import eight_bit, image_config, opened
 from timm_apvit.results import aligned
 
@@ -33,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         '--multi-label',
         action='store_true',
-        help="probabilities of classes that do not exclude each other (default: as a run's)",
+        help='probabilities of classes that do not exclude each other (default: as the model says)',
     )
     add_shared(parser, 'num_patches', 'batch_size', 'device')
 
@@ -52,13 +49,15 @@ def prepare(given: dict[str, Any]) -> Callable[[], None]:
         model.set_num_patches(given['num_patches'])
     if model.num_classes == 0:
         raise ValueError(f'expected a model with a classifier, got {given["model"]!r}, which has none')
-    best, activation = min(given.get('top_k', 1), model.num_classes), activation_of(given)
+    best = min(given.get('top_k', 1), model.num_classes)
     titles = ['image', *(f'{what}{n}' for n in range(1, best + 1) for what in ('class', 'probability'))]
     titles += ['x', 'y', 'half_extent']
 
     def work() -> None:
         left_out: list[str] = []
-        rows = list(predictions(model, paths, best, given.get('batch_size', BATCH_SIZE), activation, left_out))
+        rows = list(
+            predictions(model, paths, best, given.get('batch_size', BATCH_SIZE), given.get('multi_label'), left_out)
+        )
         if len(left_out) == len(paths):
             raise FailedError(f'{left_out[0]}; nothing was predicted')
         if 'csv' in given:
@@ -72,20 +71,13 @@ def prepare(given: dict[str, Any]) -> Callable[[], None]:
     return work
 
 
-def activation_of(given: dict[str, Any]) -> Callable[[Tensor], Tensor]:
-    """What makes probabilities of logits ``(B, classes)``: as the options say, or else as the run was trained."""
-    run = settings_of_run(given['model'])
-    several = given.get('multi_label', run is not None and run.multi_label)
-    return torch.sigmoid if several else partial(torch.softmax, dim=1)
-
-
 @torch.inference_mode()
 def predictions(
     model: Any,
     paths: list[Path],
     best: int,
     batch_size: int,
-    activation: Callable[[Tensor], Tensor],
+    multi_label: bool | None,
     left_out: list[str],
 ) -> Iterator[list[str]]:
     """A row for each image: path, classes and probabilities, and centre and half-extent of where the patches lie.
@@ -95,12 +87,11 @@ def predictions(
         paths: of the images.
         best: number of classes of each image.
         batch_size: of the model.
-        activation: logits ``(B, classes)`` -> probabilities.
+        multi_label: whether classes do not exclude each other; None: as the model says.
         left_out: gets what is wrong with each image that cannot be read.
     """
     config = image_config(model)
-    transform = create_transform(**transform_config(config))
-    names = model.pretrained_cfg.get('label_names') or [str(n) for n in range(model.num_classes)]
+    transform, names = create_transform(**config), class_names(model)
     device, left = next(model.parameters()).device, iter(paths)
     while candidates := list(islice(left, batch_size)):
         batch, images = [], []
@@ -114,12 +105,12 @@ def predictions(
         if not batch:
             continue
         tokens = model.patch_embed(torch.stack(images).to(device))
-        probabilities, classes = activation(model(tokens).float()).topk(best)
+        values, classes = probabilities(model, model(tokens), multi_label).topk(best)
         window = tokens.geometry.window
         for n, path in enumerate(batch):
             found = [
                 word
-                for p, c in zip(probabilities[n].tolist(), classes[n].tolist(), strict=True)
+                for p, c in zip(values[n].tolist(), classes[n].tolist(), strict=True)
                 for word in (names[c], f'{p:.4f}')
             ]
             where = [0.0, 0.0, 1.0] if window is None else window[n].tolist()

@@ -15,13 +15,13 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 from timm_apvit.failures import one_line
 from timm_apvit.finetuning.config import read_mapping
 from timm_apvit.finetuning.models import folder_of
-from timm_apvit.finetuning.report import FIXED, SUMMARY, display_name, metric_in
+from timm_apvit.finetuning.report import FIXED, SUMMARY, display_name
 from timm_apvit.finetuning.settings import CONFIG_FILE
 from timm_apvit.finetuning.sources import is_path
 from timm_apvit.hub.access import check_repo_id
 from timm_apvit.hub.card import PICTURE, CardDetails
 from timm_apvit.hub.pushing import Pushed, push_to_hub
-from timm_apvit.results import METRICS, check_results
+from timm_apvit.results import METRICS, check_results, metric_in
 
 RESULTS_FILE = 'evaluation.json'
 HUB_DATASETS = ('hfds/', 'hfids/')
@@ -132,7 +132,7 @@ def _summary(path: Path, config: dict[str, Any]) -> dict[str, Any] | None:
         summary = json.loads(path.read_text())
         own = summary[display_name(str(config.get('model')))]
         budgets = own.get('budgets') or {str(config.get('num_patches') or own['num_patches']): own}
-        metric = metric_in(own, '')
+        metric = metric_in(own)
         rows = [
             {'budget': key, 'num_patches': row['num_patches'], metric: row[f'best_{metric}']}
             for key, row in budgets.items()

@@ -7,15 +7,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from timm.data import ImageNetInfo
 from torch import Tensor
 
-from timm_apvit.cli.predict import activation_of
-from timm_apvit.failures import one_line
+from timm_apvit.failures import one_line, require
 from timm_apvit.finetuning.baseline import create_baseline
 from timm_apvit.finetuning.evaluation import images_per_second
 from timm_apvit.finetuning.models import address_of, create_model
 from timm_apvit.finetuning.settings import Settings
+from timm_apvit.hub.labels import class_names, probabilities
 from timm_apvit.models.attention import attends
 from timm_apvit.models.mixin import APViT
 from timm_apvit.patching.transforms import TRANSFORMS
@@ -30,7 +29,6 @@ DPI, BEST = 110, 5
 UNREAD = '. The attention of this model cannot be read.'
 # Models that stay loaded, and seconds for which each is timed.
 KEPT, SECONDS = 4, 0.3
-IMAGENET = 1000
 
 
 class Seen(NamedTuple):
@@ -96,7 +94,7 @@ class Viewer:
                 colour = 'order' if unread else color_by
                 figure = plot_patches(model, image, panels=('outlines', 'adaptive', 'fixed'), color_by=colour)
                 batch = normalised(model, image)
-                classes = probabilities(model, name, model(batch)[0]) if model.num_classes else None
+                classes = likeliest(model, model(batch)) if model.num_classes else None
                 times = self._times(model, batch) + UNREAD * unread
         return Seen(load_drawing().rendered(figure, DPI), classes, times)
 
@@ -110,22 +108,16 @@ class Viewer:
         return f'{own:.1f} ms an image; {fixed:.1f} ms for the ViT on a fixed grid of {grid} of the image made smaller'
 
 
-def probabilities(model: APViT, name: str, logits: Tensor) -> dict[str, float]:
-    """The likeliest classes, by their names where these are known."""
-    names = model.pretrained_cfg.get('label_names')
-    if names is None and model.num_classes == IMAGENET and not Path(name).exists():
-        info = ImageNetInfo('imagenet-1k')
-        names = [info.index_to_description(n) for n in range(IMAGENET)]
-    found = activation_of({'model': name})(logits.float()[None])[0].topk(min(BEST, len(logits)))
-    return {
-        str(names[n] if names else n): value
-        for n, value in zip(found.indices.tolist(), found.values.tolist(), strict=True)
-    }
+def likeliest(model: APViT, logits: Tensor) -> dict[str, float]:
+    """The likeliest classes by their names, and their probabilities."""
+    names, found = class_names(model), probabilities(model, logits)[0].topk(min(BEST, model.num_classes))
+    return {names[n]: value for n, value in zip(found.indices.tolist(), found.values.tolist(), strict=True)}
 
 
 def page(viewer: Viewer, model: str) -> Any:
     """The page, as a ``gradio.Blocks``."""
-    gradio = load_gradio()
+    require('gradio', 'the demo', "'timm-apvit[demo]'")
+    import gradio
 
     def guarded(act: Callable[..., Any]) -> Callable[..., Any]:
         def run(*values: Any) -> Any:
@@ -172,14 +164,3 @@ def page(viewer: Viewer, model: str) -> Any:
         for each in (name.change, transform.change):
             each(guarded(changed), [name, transform], number).success(see, inputs, outputs)
     return blocks
-
-
-def load_gradio() -> Any:
-    """Gradio; ModuleNotFoundError that says how to get it."""
-    try:
-        import gradio
-    except ModuleNotFoundError as error:
-        if error.name != 'gradio':
-            raise
-        raise ModuleNotFoundError("the demo needs Gradio: pip install 'timm-apvit[demo]'") from None
-    return gradio

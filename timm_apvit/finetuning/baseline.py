@@ -9,12 +9,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch.nn.functional as F
 from timm.models import save_for_hf
 from torch import Tensor, nn
 
 from timm_apvit.models.adapting import vit_of
 from timm_apvit.models.mixin import APViT
+from timm_apvit.patching.deterministic import resize
 
 SOURCE_SIZE = 'source_size'  # key of config.json
 
@@ -85,4 +85,4 @@ def _resize_input(_: nn.Module, args: tuple[Tensor, ...], size: tuple[int, int])
     image, *others = args
     if image.shape[-2:] == size:
         return args
-    return F.interpolate(image, size, mode='bilinear', antialias=True, align_corners=False), *others
+    return resize(image, list(size), 'bilinear'), *others

@@ -14,14 +14,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from timm_apvit.finetuning.samples import WHOLE, BatchSplit, Splits
 from timm_apvit.finetuning.values import Budget, count, format_budget
 from timm_apvit.models.mixin import APViT
+from timm_apvit.results import metric_in
 
 SECONDS = 1.0  # that each speed is measured for, at least
-
-
-def metric_of(splits: Splits) -> str:
-    """What a model is best in, as timm has it: ``'top1'``, or with several labels ``'map'``."""
-    evaluator = MultiLabelClassificationEvaluator if splits.multi_label else ClassificationEvaluator
-    return str(evaluator.default_metric)
 
 
 def evaluate(
@@ -80,14 +75,14 @@ def evaluate_budgets(
         ``test_loss`` and ``test_top1``, or ``test_map``, their means over the budgets; with several budgets also
         ``test_loss_N`` and ``test_top1_N`` for each N or GHxGW. A model without budgets is evaluated as it is.
     """
-    keys = ('loss', metric_of(splits))
     if not isinstance(model, APViT) or len(budgets) < 2:
         found = evaluate(model, splits, *args, **kwargs)
-        return {f'test_{key}': found[key] for key in keys}
+        return {f'test_{key}': found[key] for key in ('loss', metric_in(found))}
     by_budget = {}
     for budget in sorted(budgets, key=count):
         model.set_num_patches(budget)
-        by_budget[format_budget(budget)] = evaluate(model, splits, *args, **kwargs)
+        found = by_budget[format_budget(budget)] = evaluate(model, splits, *args, **kwargs)
+    keys = ('loss', metric_in(found))
     means = {f'test_{key}': sum(each[key] for each in by_budget.values()) / len(budgets) for key in keys}
     return means | {f'test_{key}_{name}': each[key] for name, each in by_budget.items() for key in keys}
 

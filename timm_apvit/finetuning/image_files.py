@@ -15,6 +15,7 @@ from typing import Any
 from PIL import Image
 from timm.data import MultiLabelTarget
 
+from timm_apvit.failures import listed
 from timm_apvit.pictures.images import eight_bit, opened, unreadable
 
 TRAIN_NAMES = ('train', 'training')
@@ -40,7 +41,6 @@ class ImageFiles:
     Args:
         source: what they were found in, for people.
         samples: path of each, and its number or, of a CSV of several labels, numbers.
-        in_chans: channels, 1 or 3.
         class_to_idx: numbers of the classes.
         held: classes that the source has.
         multi_label: whether labels are ``(classes,)`` of 0 and 1.
@@ -50,13 +50,13 @@ class ImageFiles:
         self,
         source: Path,
         samples: Sequence[tuple[str, Any]],
-        in_chans: int,
         class_to_idx: dict[str, int],
         held: set[str],
         multi_label: bool = False,
     ) -> None:
-        self.source, self.samples, self.in_chans = source, samples, in_chans
+        self.source, self.samples = source, samples
         self.class_to_idx, self.held, self.multi_label = class_to_idx, held, multi_label
+        self.in_chans = 3  # as the model takes them
         self.transform: Any = None
         self._encode: Any = MultiLabelTarget(len(class_to_idx)) if multi_label else int
 
@@ -75,7 +75,7 @@ class ImageFiles:
         return None if self.multi_label else [label for _, label in self.samples]
 
 
-def read_folder(folder: Path, in_chans: int, class_to_idx: dict[str, int] | None = None) -> ImageFiles:
+def read_folder(folder: Path, class_to_idx: dict[str, int] | None = None) -> ImageFiles:
     """List the images of a folder with one folder right below for each class.
 
     What Pillow reads is an image. Hidden files and folders are left out, and a folder that links lead to again; how
@@ -83,7 +83,6 @@ def read_folder(folder: Path, in_chans: int, class_to_idx: dict[str, int] | None
 
     Args:
         folder: to list.
-        in_chans: channels of the images, 1 or 3.
         class_to_idx: numbers of the classes that it may have; default: in order of the names that it has.
     """
     held = {path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith('.')}
@@ -103,17 +102,14 @@ def read_folder(folder: Path, in_chans: int, class_to_idx: dict[str, int] | None
     if left_out:
         counts = ', '.join(f'{number} of {ending}' for ending, number in left_out.most_common())
         _logger.warning('%s: files that Pillow does not read are left out: %s.', folder, counts)
-    return ImageFiles(folder, sorted(samples, key=lambda each: natural_key(each[0])), in_chans, class_to_idx, held)
+    return ImageFiles(folder, sorted(samples, key=lambda each: natural_key(each[0])), class_to_idx, held)
 
 
-def read_csv(
-    file: Path, in_chans: int, class_to_idx: dict[str, int] | None = None, multi_label: bool = False
-) -> ImageFiles:
+def read_csv(file: Path, class_to_idx: dict[str, int] | None = None, multi_label: bool = False) -> ImageFiles:
     """List the images of a CSV: path, from the file's folder, and label in its first two columns, below a header.
 
     Args:
         file: to read.
-        in_chans: channels of the images, 1 or 3.
         class_to_idx: numbers of the classes that it may have; default: in order of the names that it has.
         multi_label: whether an image has any number of labels, with ``|`` between them.
     """
@@ -122,7 +118,7 @@ def read_csv(
         rows = [(reader.line_num, row) for row in reader if row][1:]
     except (UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f'expected a CSV in UTF-8, got another file in {file}: {error}') from None
-    listed: list[tuple[str, list[str]]] = []
+    entries: list[tuple[str, list[str]]] = []
     for number, row in rows:
         names = [name.strip() for name in (row[1].split(SEPARATOR) if multi_label else row[1:2])] if row[1:] else []
         names = [name for name in names if name]
@@ -132,14 +128,14 @@ def read_csv(
         path = file.parent / row[0].strip()
         if not path.is_file():
             raise FileNotFoundError(f'expected images that exist in {file}, got {str(path)!r} in line {number}')
-        listed.append((str(path), names))
-    held = {name for _, names in listed for name in names}
+        entries.append((str(path), names))
+    held = {name for _, names in entries for name in names}
     if not multi_label and any(SEPARATOR in name for name in held):
         _logger.warning('%s: labels with %s are classes of their own; --multi-label takes them apart.', file, SEPARATOR)
     class_to_idx = numbered(held) if class_to_idx is None else class_to_idx
-    known = [(path, [class_to_idx[name] for name in names if name in class_to_idx]) for path, names in listed]
+    known = [(path, [class_to_idx[name] for name in names if name in class_to_idx]) for path, names in entries]
     samples = known if multi_label else [(path, labels[0]) for path, labels in known if labels]
-    return ImageFiles(file, samples, in_chans, class_to_idx, held, multi_label)
+    return ImageFiles(file, samples, class_to_idx, held, multi_label)
 
 
 def endings() -> set[str]:
@@ -180,31 +176,30 @@ def _files(folder: Path, root: str, seen: set[str], through_links: bool) -> Iter
 
 
 def find_splits(
-    folder: Path, in_chans: int, class_to_idx: dict[str, int] | None = None, workers: int = 4, multi_label: bool = False
+    folder: Path, class_to_idx: dict[str, int] | None = None, workers: int = 4, multi_label: bool = False
 ) -> tuple[ImageFiles, ImageFiles]:
     """Find the training and the test images of a folder.
 
     Args:
         folder: has ``train/`` and one of ``val/``, ``validation/``, ``test/`` with a folder for each class; or CSV
             files of such names.
-        in_chans: channels of the images, 1 or 3.
         class_to_idx: numbers of the classes; default: in order of their names.
         workers: threads that look at the images.
         multi_label: whether an image of a CSV has any number of labels.
     """
     check_is_folder(folder)
     train_source, test_source = (_split(folder, names) for names in (TRAIN_NAMES, TEST_NAMES))
-    train = _read(train_source, in_chans, class_to_idx, multi_label)
+    train = _read(train_source, class_to_idx, multi_label)
     _check_classes(train, all_of_them=class_to_idx is None)
-    test = _read(test_source, in_chans, train.class_to_idx, multi_label)
+    test = _read(test_source, train.class_to_idx, multi_label)
     if lacking := sorted(set(train.class_to_idx) - test.held, key=natural_key):
-        _logger.warning('%s has no images of %s, which are not tested.', test_source, shown(lacking))
+        _logger.warning('%s has no images of %s, which are not tested.', test_source, listed(lacking))
     _check_images([path for path, _ in [*train.samples, *test.samples]], workers)
     return train, test
 
 
 def find_test(
-    folder: Path, in_chans: int, class_to_idx: dict[str, int] | None = None, workers: int = 4, multi_label: bool = False
+    folder: Path, class_to_idx: dict[str, int] | None = None, workers: int = 4, multi_label: bool = False
 ) -> ImageFiles:
     """Find the test images of a folder: those of `find_splits`, or else those right in its folders of classes.
 
@@ -213,16 +208,10 @@ def find_test(
     check_is_folder(folder)
     train_source, test_source = (_found(folder, names) for names in (TRAIN_NAMES, TEST_NAMES))
     if class_to_idx is None and train_source is not None and test_source is not None:
-        class_to_idx = _read(train_source, in_chans, None, multi_label).class_to_idx
-    test = _read(test_source or folder, in_chans, class_to_idx, multi_label)
+        class_to_idx = _read(train_source, None, multi_label).class_to_idx
+    test = _read(test_source or folder, class_to_idx, multi_label)
     _check_images([path for path, _ in test.samples], workers)
     return test
-
-
-def shown(names: Iterable[str]) -> str:
-    """The first few of several names."""
-    few = list(names)
-    return ', '.join(few[:5]) + ', ...' * (len(few) > 5)
 
 
 def check_is_folder(folder: Path) -> None:
@@ -242,19 +231,18 @@ def _split(folder: Path, names: Sequence[str]) -> Path:
         return found
     held = sorted(path.name + '/' * path.is_dir() for path in folder.iterdir())
     expected = f'a folder named {" or ".join(names)}, or a CSV of such a name'
-    raise FileNotFoundError(f'expected {expected}, in {str(folder)!r}, got {shown(held) if held else "nothing"}')
+    raise FileNotFoundError(f'expected {expected}, in {str(folder)!r}, got {listed(held) if held else "nothing"}')
 
 
-def _read(source: Path, in_chans: int, class_to_idx: dict[str, int] | None, multi_label: bool) -> ImageFiles:
+def _read(source: Path, class_to_idx: dict[str, int] | None, multi_label: bool) -> ImageFiles:
     """List the images of one split; ``class_to_idx`` are the classes that it may have, None: those that it has."""
     if source.is_dir() and multi_label:
         raise ValueError(f'expected CSV files with --multi-label, in which an image has its labels, got {source}/')
-    if source.is_dir():
-        files = read_folder(source, in_chans, class_to_idx)
-    else:
-        files = read_csv(source, in_chans, class_to_idx, multi_label)
+    files = read_folder(source, class_to_idx) if source.is_dir() else read_csv(source, class_to_idx, multi_label)
     if unknown := sorted(files.held - files.class_to_idx.keys(), key=natural_key):
-        raise ValueError(f'expected classes among {shown(files.class_to_idx)} in {str(source)!r}, got {shown(unknown)}')
+        raise ValueError(
+            f'expected classes among {listed(files.class_to_idx)} in {str(source)!r}, got {listed(unknown)}'
+        )
     if not files.samples:
         raise ValueError(f'expected images with their classes in {str(source)!r}, got no images')
     return files

@@ -23,7 +23,7 @@ from timm_apvit.finetuning.learner import Learner, check_finite
 from timm_apvit.finetuning.objectives import create_mixup, create_task, sample_weights
 from timm_apvit.finetuning.progress import Progress
 from timm_apvit.finetuning.report import Row, best_row
-from timm_apvit.finetuning.samples import BatchSplit, Splits, seed_from, updates_per_epoch
+from timm_apvit.finetuning.samples import BatchSplit, Splits, seed_from
 from timm_apvit.finetuning.settings import Settings
 from timm_apvit.finetuning.signals import Interrupted, StopSignals
 from timm_apvit.learning.adaptation import adaptation
@@ -73,7 +73,8 @@ class Training:
     ) -> None:
         self.accelerator, self.splits, self.settings, self.store, self.name = accelerator, splits, settings, store, name
         self.split = BatchSplit(accelerator.process_index, accelerator.num_processes, settings.grad_accum)
-        self.updates_per_epoch = updates_per_epoch(splits.train, settings.images_of_update)
+        # A last, smaller batch is left out unless it is the only one.
+        self.updates_per_epoch = max(1, len(splits.train) // settings.images_of_update)
         self.weights = sample_weights(settings, splits)
         self.warned = False
         state = store.load() or {'rows': [], 'update': 0, 'partial': {'sums': {}, 'seconds': 0.0}}

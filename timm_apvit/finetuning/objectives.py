@@ -33,7 +33,7 @@ def create_mixup(settings: Settings, num_classes: int) -> Any:
         prob=settings.mixup_prob,
         label_smoothing=settings.smoothing,
         num_classes=num_classes,
-        **({'multi_label': True} if settings.multi_label else {}),
+        multi_label=settings.multi_label,
     )
 
 

@@ -1,6 +1,6 @@
 """What a run reports: a line an epoch, a summary with its table, and a picture of where the patches look."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from timm_apvit.finetuning.values import Budget, count, format_budget
 from timm_apvit.models.mixin import APViT
 from timm_apvit.pictures.figures import load_drawing
 from timm_apvit.pictures.plots import plot_patches
-from timm_apvit.results import METRICS, aligned
+from timm_apvit.results import METRICS, aligned, metric_in
 
 Row = dict[str, float]
 
@@ -29,11 +29,6 @@ def display_name(model: str) -> str:
     source, _, path = model.rpartition(':')
     parts = [part for part in Path(path).parts if part != BEST]
     return parts[-1] if source and parts else model
-
-
-def metric_in(row: Mapping[str, Any], prefix: str = 'test_') -> str:
-    """What an epoch, or with no prefix a model, was tested by: a key of `METRICS`."""
-    return next(metric for metric in METRICS if prefix + metric in row)
 
 
 def best_row(rows: list[Row], monitor: str | None) -> Row:
@@ -60,7 +55,7 @@ def save_picture(model: APViT, splits: Splits, data_config: dict[str, Any], path
 
 def epoch_line(row: Row, epochs: int) -> str:
     """What came of an epoch: losses by name, accuracy at each budget, and how far patches moved."""
-    metric = metric_in(row)
+    metric = metric_in(row, 'test_')
     each = [
         f'{name.removeprefix(f"test_{metric}_")}: {value:.3f}' for name, value in row.items() if f'{metric}_' in name
     ]
@@ -88,7 +83,7 @@ def summarise(rows: list[Row], budgets: Sequence[Budget], monitor: str | None) -
         has for each its own.
     """
     last, best = rows[-1], best_row(rows, monitor)
-    metric = metric_in(last)
+    metric = metric_in(last, 'test_')
     summary: dict[str, Any] = {
         'num_patches': count(budgets[0]) if len(budgets) == 1 else [count(each) for each in budgets],
         metric: last[f'test_{metric}'],
@@ -110,7 +105,7 @@ def summarise(rows: list[Row], budgets: Sequence[Budget], monitor: str | None) -
 
 def table(summary: dict[str, dict[str, Any]]) -> str:
     """Accuracy, tokens and time of each contestant, a line for each of its budgets."""
-    metric = metric_in(next(iter(summary.values())), '')
+    metric = metric_in(next(iter(summary.values())))
     rows = [
         [
             name,

@@ -29,6 +29,7 @@ from timm_apvit.finetuning.sources import load_splits
 from timm_apvit.finetuning.values import count, format_budget
 from timm_apvit.hub.access import check_access
 from timm_apvit.hub.card import PICTURE
+from timm_apvit.hub.labels import MULTI_LABEL
 from timm_apvit.hub.saving import save_pretrained
 from timm_apvit.learning.adaptation import stood_still
 from timm_apvit.learning.glance import glance_of
@@ -198,12 +199,13 @@ def train(run: Run, model: nn.Module, name: str, directory: Path) -> list[Row]:
     from timm_apvit.finetuning.loop import Training
 
     settings, accelerator, names = run.settings, run.accelerator, list(run.splits.label_names)
+    kind = MULTI_LABEL if run.splits.multi_label else None
     if accelerator.is_main_process:
         directory.mkdir(exist_ok=True)
 
     def export(model: nn.Module, directory: Path) -> None:
         if isinstance(model, APViT):
-            save_pretrained(model, directory, label_names=names)
+            save_pretrained(model, directory, label_names=names, model_config={'problem_type': kind})
         else:
             save_baseline(model, directory, names)
 

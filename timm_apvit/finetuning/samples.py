@@ -97,7 +97,8 @@ class Samples(Dataset[Sample]):
 
     def some(self, number: int) -> tuple[Tensor, Tensor]:
         """At most so many images ``(n, C, H, W)`` and their labels, spread over all."""
-        samples = [self[index] for index in range(0, len(self), max(1, len(self) // number))][:number]
+        count = min(number, len(self))
+        samples = [self[n * len(self) // count] for n in range(count)]
         return torch.stack([image for image, _ in samples]), torch.stack([torch.as_tensor(y) for _, y in samples])
 
 
@@ -140,8 +141,8 @@ class Splits(NamedTuple):
         test_name: what people call the test data.
     """
 
-    train: Any
-    test: Any
+    train: Samples
+    test: Samples
     label_names: tuple[str, ...]
     multi_label: bool = False
     test_name: str = 'test'
@@ -155,11 +156,6 @@ def micro_batches(order: Sequence[int], batch_size: int, split: BatchSplit = WHO
     starts = range(0, len(order) - batch_size + 1, batch_size)
     own = range(split.rank * split.accumulated, (split.rank + 1) * split.accumulated)
     return [order[start + part : start + batch_size : split.parts] for start in starts for part in own]
-
-
-def updates_per_epoch(samples: Any, batch_size: int) -> int:
-    """Updates of an epoch; a last, smaller batch is left out unless it is the only one."""
-    return max(1, len(samples) // batch_size)
 
 
 def checked_label(label: Any, num_classes: int | None) -> Any:

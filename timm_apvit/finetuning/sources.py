@@ -8,7 +8,7 @@ from timm.data import create_transform
 from timm_apvit.failures import one_line, require
 from timm_apvit.finetuning.digits import load_embedded_digits
 from timm_apvit.finetuning.image_files import ImageFiles, find_splits, find_test
-from timm_apvit.finetuning.samples import SeededSamples, Splits
+from timm_apvit.finetuning.samples import Samples, SeededSamples, Splits
 from timm_apvit.finetuning.settings import OF_AUGMENTATION, OF_DATA, Settings
 from timm_apvit.finetuning.streams import READERS, STREAMS, Stream, create_timm_dataset, own_label_names, reader_of
 from timm_apvit.finetuning.values import flag
@@ -60,10 +60,10 @@ def load_splits(
         if testing and numbers is None and label_names is not None:
             numbers = {name: number for number, name in enumerate(label_names)}
         find: Any = find_test if testing else find_splits
-        found = find(_folder(settings), in_chans, numbers, workers, settings.multi_label)
+        found = find(_folder(settings), numbers, workers, settings.multi_label)
         files: list[ImageFiles] = [found] if testing else list(found)
         for each, transform in zip(files, transforms, strict=True):
-            each.transform = transform
+            each.in_chans, each.transform = in_chans, transform
         made, names = [SeededSamples(each, settings.seed) for each in files], tuple(files[0].class_to_idx)
         test_name = files[-1].source.stem
     else:
@@ -103,13 +103,12 @@ def check_data(settings: Settings) -> None:
 
 def create_transforms(settings: Settings, data_config: dict[str, Any]) -> tuple[Any, Any]:
     """Make timm's transforms for training and for the test."""
-    config = transform_config(data_config)
     augmentation = {THEIRS.get(name, name): getattr(settings, name) for name in OF_AUGMENTATION}
     given = {name: value for name, value in augmentation.items() if value is not None and value is not False}
     if settings.color_jitter == 0:
         given['color_jitter'] = None  # as timm spells it
     try:
-        made = create_transform(**{**config, **given}, is_training=True), create_transform(**config)
+        made = create_transform(**{**data_config, **given}, is_training=True), create_transform(**data_config)
     # timm asserts, and looks policies up in dictionaries.
     except Exception as error:
         values = ', '.join(f'{name}={value!r}' for name, value in given.items())
@@ -119,12 +118,6 @@ def create_transforms(settings: Settings, data_config: dict[str, Any]) -> tuple[
     if any(not any(sign.isdecimal() for sign in part) for part in sections):
         raise ValueError(f'expected --aa of sections such as rand-m9-mstd0.5-inc1, got {settings.aa!r}')
     return made
-
-
-def transform_config(data_config: dict[str, Any]) -> dict[str, Any]:
-    """What timm's `create_transform` takes of a data configuration."""
-    keys = ('input_size', 'interpolation', 'mean', 'std', 'crop_pct', 'crop_mode')
-    return {key: data_config[key] for key in keys}
 
 
 def class_map(settings: Settings) -> dict[str, int] | None:
@@ -154,7 +147,7 @@ class _Transform:
         return self.transform(eight_bit(image, self.in_chans))
 
 
-def _samples(dataset: Any, transform: Any, settings: Settings, names: tuple[str, ...]) -> SeededSamples | Stream:
+def _samples(dataset: Any, transform: Any, settings: Settings, names: tuple[str, ...]) -> Samples:
     """Samples of a timm dataset, transformed and with checked labels."""
     own_names = own_label_names(dataset)
     if own_names and own_names != names:

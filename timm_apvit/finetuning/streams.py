@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from timm_apvit.failures import one_line
-from timm_apvit.finetuning.samples import WHOLE, Batches, BatchSplit, Sample, checked_label, seed_from, seeded
+from timm_apvit.finetuning.samples import WHOLE, Batches, BatchSplit, Sample, Samples, checked_label, seed_from, seeded
 from timm_apvit.finetuning.settings import Settings
 
 # What begins the name of a timm dataset -> the package that reads it, and how to install that.
@@ -37,7 +37,7 @@ def reader_of(data: str) -> str | None:
     return prefix.lower() if slash and prefix.lower() in READERS else None
 
 
-class Stream:
+class Stream(Samples):
     """Samples that can only be read in order, from shards that processes and their workers share.
 
     In training it has no end: whoever has read its shards begins again. In a test every sample comes once. What an
@@ -50,12 +50,9 @@ class Stream:
         num_classes: that labels must be below.
     """
 
-    known_labels: list[int] | None = None
-
     def __init__(self, dataset: Any, seed: int, transform: Any, num_classes: int) -> None:
-        self.dataset, self.seed, self.transform, self.num_classes = dataset, seed, transform, num_classes
-        self.length: int = dataset.reader.num_samples or 0
-        self.epoch = 0
+        super().__init__(dataset.reader.num_samples or 0, seed)
+        self.dataset, self.transform, self.num_classes = dataset, transform, num_classes
         self.is_training: bool = dataset.reader.is_training
         self.rank, processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         shards = _number_of_shards(dataset.reader)
@@ -69,9 +66,6 @@ class Stream:
             dataset.reader.split_info = dataclasses.replace(info, filenames=own)
             dataset.reader.dist_rank, dataset.reader.dist_num_replicas = 0, 1
 
-    def __len__(self) -> int:
-        return self.length
-
     def training_batches(
         self,
         epoch: int,
@@ -84,19 +78,19 @@ class Stream:
     ) -> Batches:
         """See `Samples`; what was done is read again, as a stream cannot be entered in its middle."""
         self.epoch = epoch
-        loaded = self._loaded(max(1, batch_size // split.parts), workers, pin_memory)
+        loaded = self._read(max(1, batch_size // split.parts), workers, pin_memory)
         return islice(loaded, done * split.accumulated, None)
 
     def test_batches(self, batch_size: int, workers: int = 0, split: BatchSplit = WHOLE) -> Batches:
         """See `Samples`."""
         self.epoch = 0
-        return self._loaded(batch_size, workers)
+        return self._read(batch_size, workers)
 
     def some(self, number: int) -> tuple[Tensor, Tensor]:
         """See `Samples`; the first ones."""
         return next(self.test_batches(number))
 
-    def _loaded(self, batch_size: int, workers: int, pin_memory: bool = False) -> Batches:
+    def _read(self, batch_size: int, workers: int, pin_memory: bool = False) -> Batches:
         workers = workers if self.most_workers is None else min(workers, self.most_workers)
         # timm makes its pipeline once; one that read an epoch before would continue with that epoch's random state.
         self.dataset.reader.ds = None

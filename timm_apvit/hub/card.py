@@ -8,12 +8,19 @@ from typing import Any
 import timm
 from huggingface_hub import EvalResult, ModelCardData
 
+from timm_apvit.hub.labels import is_multi_label
 from timm_apvit.models.mixin import APViT
-from timm_apvit.results import METRICS, check_results, results_table
+from timm_apvit.results import check_results, results_table
 
 TAGS = ('timm', 'apvit')
 PICTURE = 'patches.png'
 MOST_LABELS = 20
+# The metrics of the Hub's index, and what we call them, by their keys in a row of results.
+HUB_METRICS = {
+    'top1': ('accuracy', 'top-1 accuracy'),
+    'top5': ('accuracy', 'top-5 accuracy'),
+    'map': ('mean_average_precision', 'mean average precision'),
+}
 
 
 @dataclass(frozen=True)
@@ -105,25 +112,26 @@ def _front_matter(model: APViT, repo_id: str, details: CardDetails) -> ModelCard
     if details.base_model:
         data |= {'base_model': details.base_model, 'base_model_relation': 'finetune'}
     if details.results is not None:
-        data |= {'model_name': repo_id.partition('/')[2] or repo_id, 'metrics': ['accuracy']}
-        data['eval_results'] = [result for row in details.results['rows'] for result in _metrics(row, details)]
+        found = [result for row in details.results['rows'] for result in _metrics(row, details)]
+        data |= {'model_name': repo_id.partition('/')[2] or repo_id, 'eval_results': found}
+        data['metrics'] = sorted({result.metric_type for result in found})
     return ModelCardData(**{key: value for key, value in data.items() if value is not None})
 
 
 def _metrics(row: Mapping[str, Any], details: CardDetails) -> list[EvalResult]:
-    """The accuracies of a row, as the Hub's model index has them."""
+    """The metrics of a row, as the Hub's model index has them."""
     kind, name = details.results_dataset
     return [
         EvalResult(
             task_type='image-classification',
             dataset_type=kind,
             dataset_name=name,
-            metric_type='accuracy',
-            metric_name=f'{title} accuracy at {row["budget"]} patches',
+            metric_type=kind_of_metric,
+            metric_name=f'{title} at {row["budget"]} patches',
             metric_value=round(float(row[key]), 5),
             metric_args={'num_patches': row['num_patches']},
         )
-        for key, title in (*METRICS.items(), ('top5', 'top-5'))
+        for key, (kind_of_metric, title) in HUB_METRICS.items()
         if key in row
     ]
 
@@ -156,9 +164,8 @@ def _introduction(model: APViT, label_names: Sequence[str] | None, base: str | N
     """What the model is, in a paragraph."""
     what = 'gives features of an image' if not model.num_classes else f'tells {model.num_classes} classes apart'
     text = (
-        f'A Vision Transformer on {model.num_patches} adaptive patches: a small '
-        'localisation network looks at the image and tells every patch where to look, and how large. It '
-        f'{what} and runs on [timm](https://github.com/huggingface/pytorch-image-models) with the plugin `timm-apvit`.'
+        f'A Vision Transformer on {model.num_patches} adaptive patches: where they lie depends on the image. It {what} '
+        f'and runs on [timm](https://github.com/huggingface/pytorch-image-models) with the plugin `timm-apvit`.'
     )
     if base:
         text += f' Its training started from the weights of [{base}](https://huggingface.co/{base}).'
@@ -191,9 +198,12 @@ def _usage(model: APViT, name: str, label_names: Sequence[str] | None) -> str:
         lines.append(f'image = torch.randn{shape}  # normalised as in training')
     lines.append('with torch.inference_mode():')
     if model.num_classes:
-        lines.append('    probabilities = model(image).softmax(-1)[0]')
-        best = 'probabilities.argmax().item()'
-        lines.append(f"print(model.pretrained_cfg['label_names'][{best}])" if label_names else f'print({best})')
+        several = is_multi_label(model)
+        lines.append(f'    probabilities = model(image).{"sigmoid()" if several else "softmax(-1)"}[0]')
+        best = '(probabilities > 0.5).nonzero().flatten().tolist()' if several else '[probabilities.argmax().item()]'
+        lines.append(
+            f"print([model.pretrained_cfg['label_names'][n] for n in {best}])" if label_names else f'print({best})'
+        )
     else:
         lines.append('    features = model(image)')
     lines += [

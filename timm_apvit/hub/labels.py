@@ -1,12 +1,43 @@
-"""Names of classes: what users have at hand for them, as the list that config.json holds."""
+"""What a model's outputs mean: the names of its classes, and whether one image is of several."""
 
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
+
+from timm.data import ImageNetInfo
+from torch import Tensor
+
+from timm_apvit.failures import listed
 
 # Of the classes in order, or by number, as transformers' id2label has them.
 LabelNames = Iterable[str] | Mapping[int, str] | Mapping[str, str]
+# The `problem_type` of config.json, as transformers has it; in a model of timm it is one of the notes.
+MULTI_LABEL = 'multi_label_classification'
+IMAGENET = 1000
+
+
+def class_names(model: Any) -> list[str]:
+    """The names of a model's classes, in order: as it was saved with, ImageNet's for timm's weights, or numbers."""
+    config = model.pretrained_cfg
+    if names := config.get('label_names'):
+        return [str(name) for name in names]
+    if model.num_classes == IMAGENET and config.get('source') is None:
+        info = ImageNetInfo('imagenet-1k')
+        return [info.index_to_description(n) for n in range(IMAGENET)]
+    return [str(n) for n in range(model.num_classes)]
+
+
+def is_multi_label(model: Any) -> bool:
+    """Whether a model was trained to tell of any number of classes in an image, which do not exclude each other."""
+    return MULTI_LABEL in (model.pretrained_cfg.get('notes') or ())
+
+
+def probabilities(model: Any, logits: Tensor, multi_label: bool | None = None) -> Tensor:
+    """Of logits ``(B, classes)``: each class's own if several may hold (default: as the model says), else of sum 1."""
+    several = is_multi_label(model) if multi_label is None else multi_label
+    return logits.float().sigmoid() if several else logits.float().softmax(dim=1)
 
 
 def checked_label_names(label_names: LabelNames, num_classes: int) -> list[str]:
@@ -25,19 +56,18 @@ def checked_label_names(label_names: LabelNames, num_classes: int) -> list[str]:
         by_number = {str(number): name for number, name in label_names.items()}
         wanted = [str(number) for number in range(len(by_number))]
         if by_number.keys() != set(wanted):
-            raise ValueError(
-                f'expected label_names by number, from 0 to {len(wanted) - 1}, got the keys {_listed(label_names)}'
-            )
+            keys = listed(map(repr, label_names))
+            raise ValueError(f'expected label_names by number, from 0 to {len(wanted) - 1}, got the keys {keys}')
         names = [by_number[number] for number in wanted]
     else:
         names = list(label_names)
     others = [name for name in names if not isinstance(name, str)]
     if others:
-        raise ValueError(f'expected label_names that are strings, got {_listed(others)}')
+        raise ValueError(f'expected label_names that are strings, got {listed(map(repr, others))}')
     if len(names) != num_classes:
-        raise ValueError(f'expected names of {num_classes} classes, got {len(names)}: {_listed(names)}')
+        raise ValueError(f'expected names of {num_classes} classes, got {len(names)}: {listed(map(repr, names))}')
     if twice := [name for name, number in Counter(names).items() if number > 1]:
-        raise ValueError(f'expected label_names that all differ, got {_listed(twice)} more than once')
+        raise ValueError(f'expected label_names that all differ, got {listed(map(repr, twice))} more than once')
     return [str(name) for name in names]  # numpy's strings too
 
 
@@ -58,9 +88,3 @@ def saved_label_names(folder: Path, num_classes: int) -> list[str] | None:
             f'{error}, in {str(folder / "config.json")!r}; save the model with its own names, by '
             'timm_apvit.save_pretrained(model, directory, label_names=...)'
         ) from None
-
-
-def _listed(values: Iterable[object], most: int = 5) -> str:
-    """The first few of some values."""
-    shown = [repr(value) for value in values]
-    return ', '.join(shown[:most] + ['...'] * (len(shown) > most))

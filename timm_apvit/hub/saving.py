@@ -15,7 +15,7 @@ from timm.models.eva import Eva
 from torch import nn
 
 from timm_apvit.failures import one_line
-from timm_apvit.hub.labels import LabelNames, checked_label_names
+from timm_apvit.hub.labels import MULTI_LABEL, LabelNames, checked_label_names, is_multi_label
 from timm_apvit.models.mixin import APViT, check_apvit
 from timm_apvit.patching.transforms import other_bounds
 from timm_apvit.pictures.images import image_config
@@ -90,7 +90,8 @@ def save_pretrained(
         directory: made if it does not exist; files of the same names in it are replaced.
         label_names: of the classes, in order, or by number as transformers' ``id2label``; default: those that the
             model was loaded with, if it still has as many classes.
-        model_config: further entries of config.json.
+        model_config: further entries of config.json. A ``'problem_type'`` of ``'multi_label_classification'`` says that
+            classes do not exclude each other; default of it: as the model was loaded, if it still has as many classes.
 
     Raises:
         ValueError: not an APViT, without weights, one that no registered entrypoint rebuilds from arguments that
@@ -99,16 +100,21 @@ def save_pretrained(
     _check_model(model)
     target = Path(directory)
     if (before := _loaded_by_transformers(model, target)) is not None:
-        model.pretrained_cfg = {**model.pretrained_cfg, **before['pretrained_cfg']}
-        if label_names is None and len(before.get('label_names') or ()) == model.num_classes:
-            label_names = before['label_names']
+        model.pretrained_cfg = {**model.pretrained_cfg, **before['pretrained_cfg'], **_labels_in(before)}
     config = {**({'base_model': model.base_model} if model.base_model else {}), **(model_config or {})}
-    if label_names is not None:
+    if label_names is None and len(model.pretrained_cfg.get('label_names') or ()) == model.num_classes > 0:
+        config |= _labels_in(model.pretrained_cfg)
+    elif label_names is not None:
         config['label_names'] = checked_label_names(label_names, model.num_classes)
+    kept = is_multi_label(model) and model.num_classes == model.pretrained_cfg.get('num_classes')
+    kind = config.pop('problem_type', MULTI_LABEL if kept else None)
+    config |= {'problem_type': kind} if kind else {}
+    notes = [note for note in model.pretrained_cfg.get('notes') or () if note != MULTI_LABEL]
     model_args = reconstruction_args(model)
     # Of as many channels as the model has, or else timm warns that they are not.
     normalisation = {key: value for key, value in image_config(model).items() if key in ('mean', 'std')}
-    model.pretrained_cfg = {**model.pretrained_cfg, **normalisation}
+    notes += [MULTI_LABEL] * (kind == MULTI_LABEL)
+    model.pretrained_cfg = {**model.pretrained_cfg, **normalisation, 'notes': notes or None}
     target.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target, prefix='.saving-') as unfinished:
         try:
@@ -129,6 +135,11 @@ def _loaded_by_transformers(model: APViT, folder: Path) -> dict[str, Any] | None
         return None
     config: dict[str, Any] = json.loads(path.read_text())
     return config if config.get('architecture') == model.pretrained_cfg.get('architecture') else None
+
+
+def _labels_in(config: dict[str, Any]) -> dict[str, Any]:
+    """The names of classes that a configuration has, and what it says of them."""
+    return {key: config[key] for key in ('label_names', 'label_descriptions') if config.get(key)}
 
 
 def _check_model(model: Any) -> None:

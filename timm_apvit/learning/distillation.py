@@ -18,6 +18,7 @@ from timm_apvit.models.attention import attends, calls_of, patch_attention
 from timm_apvit.models.dense import overlaps
 from timm_apvit.models.mixin import APViT
 from timm_apvit.patching.anchors import Rows
+from timm_apvit.patching.deterministic import resize
 from timm_apvit.patching.geometry import PatchGeometry
 
 
@@ -87,7 +88,7 @@ class Teacher(nn.Module):
         """Teach a batch ``(B, C, H, W)``, with the attention if that is asked for."""
         images = images * self.scale + self.shift
         if self.input_size is not None and images.shape[-2:] != self.input_size:
-            images = F.interpolate(images, self.input_size, mode='bilinear', antialias=True, align_corners=False)
+            images = resize(images, list(self.input_size), 'bilinear')
         outputs = outputs_of(self.model, images, attention=attention)
         received = outputs.attention
         if received is None:

@@ -10,7 +10,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from timm_apvit.models.apvit import twin_name, vit_name
 from timm_apvit.models.mixin import ADAPTIVE_ARGS, APViT, check_apvit, split_adaptive, where_is
 from timm_apvit.models.patch_embed import TAKEN_OVER
-from timm_apvit.models.vits import ADAPTIVE_CLASSES, timm_class
+from timm_apvit.models.vits import ADAPTIVE_CLASSES
 from timm_apvit.patching.anchors import NumPatches
 
 
@@ -57,7 +57,7 @@ def vit_of(model: APViT) -> nn.Module:
     """
     check_apvit(model)
     vit: Any = copy.deepcopy(model)
-    vit.__class__ = timm_class(model)
+    vit.__class__ = next(theirs for theirs, ours in ADAPTIVE_CLASSES.items() if isinstance(model, ours))
     adaptive = vit.patch_embed
     embed = PatchEmbed.__new__(PatchEmbed)
     nn.Module.__init__(embed)

@@ -14,6 +14,7 @@ from timm.models import VisionTransformer
 from torch import nn
 from torch.nn.functional import pad
 
+from timm_apvit.failures import listed
 from timm_apvit.patching.layers import convert_channels
 from timm_apvit.patching.transforms import TRANSFORMS
 
@@ -89,7 +90,8 @@ def checkpoint_filter_fn(
     if missing or unexpected:
         raise ValueError(
             f'expected a checkpoint of a ViT or an APViT that fits this {type(model).__name__}; '
-            f'missing keys: {_listed(missing)}; unexpected keys: {_listed(unexpected)}{_hint(missing, unexpected)}'
+            f'missing keys: {listed(sorted(missing))}; unexpected keys: {listed(sorted(unexpected))}'
+            f'{_hint(missing, unexpected)}'
         )
     return fitted
 
@@ -156,10 +158,3 @@ def check_npz(path: str, model: VisionTransformer) -> None:
             trained_for_these = model.num_classes == model.pretrained_cfg.get('num_classes')
             if name.endswith('head/bias') and trained_for_these and arrays[name].shape[-1] != model.num_classes:
                 raise ValueError(f'expected {name} of {model.num_classes} classes, got {list(arrays[name].shape)}')
-
-
-def _listed(keys: set[str], most: int = 5) -> str:
-    """Name the first few keys."""
-    names = sorted(keys)
-    more = f' and {len(names) - most} more' if len(names) > most else ''
-    return (', '.join(names[:most]) + more) or 'none'

@@ -141,10 +141,6 @@ class GlanceLocalizer(ScaleKeeping, Localizer):
     def _classifiers(self) -> list[ZeroLinear]:
         return list(self.classes)  # type: ignore[arg-type]
 
-    @staticmethod
-    def _learnt(layer: Any) -> bool:
-        return not layer.weight.is_meta and bool(layer.weight.any())
-
     def init_non_persistent_buffers(self) -> None:
         """Make classifiers zero that a checkpoint lacks: transformers leaves them to chance, and calls this then."""
         if loaded_by_transformers(self.score):
@@ -155,7 +151,8 @@ class GlanceLocalizer(ScaleKeeping, Localizer):
     @property
     def knows_classes(self) -> bool:
         """Whether it learnt to tell the classes of the ViT."""
-        return self._learnt(self.classes[-1])
+        weight: Any = self.classes[-1].weight
+        return not weight.is_meta and bool(weight.any())
 
     @property
     def vit(self) -> Any:

@@ -1,7 +1,5 @@
 """timm's classes on adaptive patches: what differs from one to the other."""
 
-from typing import Any
-
 from timm.layers import apply_keep_indices_nlc
 from timm.models import VisionTransformer
 from timm.models.deit import VisionTransformerDistilled
@@ -65,8 +63,3 @@ ADAPTIVE_CLASSES: dict[type, type[APViT]] = {
     VisionTransformerDistilled: AdaptiveVisionTransformerDistilled,
     Eva: AdaptiveEva,
 }
-
-
-def timm_class(model: APViT) -> type[Any]:
-    """The class of timm that an APViT is of."""
-    return next(timm for timm, ours in ADAPTIVE_CLASSES.items() if isinstance(model, ours))

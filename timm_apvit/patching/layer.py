@@ -11,7 +11,7 @@ import timm_apvit.patching.cnn
 import timm_apvit.patching.families  # noqa: F401  registers them, as the line above does
 from timm_apvit.patching.anchors import Layout, NumPatches, resolve_layout
 from timm_apvit.patching.coords import check_number, check_patch_size, check_shape, in_float32, sample_grid, vector_on
-from timm_apvit.patching.geometry import PatchGeometry, footprint, patch_jacobians, patch_points
+from timm_apvit.patching.geometry import PatchGeometry, footprint, patch_jacobians
 from timm_apvit.patching.localizers import LOCALIZERS, MOST_CROWD, Localizer, Look
 from timm_apvit.patching.sampling import mip_pyramid, num_mip_levels, sample_patches
 from timm_apvit.patching.transforms import TRANSFORMS
@@ -168,7 +168,7 @@ class AdaptivePatching(nn.Module):
         local = sample_grid(self.patch_size, image.device)
         jacobians = patch_jacobians(geometry, local)
         steps = footprint(jacobians, (image.shape[2], image.shape[3]), self.patch_size)
-        return sample_patches(pyramid, patch_points(geometry, local), steps)
+        return sample_patches(pyramid, geometry.points(local), steps)
 
     def _exposed_density(self, density: Tensor) -> Tensor:
         """The density of the anchors: a share follows what was seen, but for some images in train mode."""

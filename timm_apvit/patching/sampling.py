@@ -90,7 +90,7 @@ def sample_patches(pyramid: list[Tensor], points: Tensor, footprint: Tensor) -> 
         at = points
         if ratio_w < 1 or ratio_h < 1:
             x, y = points[..., 0] * ratio_w + (ratio_w - 1), points[..., 1] * ratio_h + (ratio_h - 1)
-            at = torch.stack([x, y], dim=1).movedim(1, -1)  # as planes, see `timm_apvit.patching.geometry.patch_points`
+            at = torch.stack([x, y], dim=1).movedim(1, -1)  # as planes, see `PatchGeometry.points`
         coarser, share = _read(pyramid[k], at), (level - (k - 1)).clamp(0.0, 1.0)
         if patches.requires_grad or coarser.requires_grad or torch.jit.is_tracing():  # type: ignore[no-untyped-call]
             patches = torch.lerp(patches, coarser, share)

@@ -18,6 +18,7 @@ from matplotlib.path import Path
 from matplotlib.patheffects import withStroke
 from matplotlib.textpath import text_to_path
 from matplotlib.ticker import MaxNLocator
+from PIL import Image
 from torch import Tensor
 
 from timm_apvit.pictures.views import PatchView, finest, mosaic
@@ -61,8 +62,6 @@ def rendered(figure: Any, dpi: int) -> Array:
 
 def gif_bytes(frames: Sequence[Array], seconds: float) -> bytes:
     """Frames ``(h, w, 3)`` of one size as a GIF file, whose 256 colours have those of lines among them."""
-    from PIL import Image
-
     lines = [*map(to_rgb, ('white', 'black', *PALETTE)), *colormaps[SCALE](np.linspace(DARKEST, 1, 24))[:, :3].tolist()]
     # Thin lines are too few pixels to be given colours of their own by the frames.
     common = Image.fromarray(np.concatenate([frame[::2, ::2] for frame in frames])).quantize(256 - len(lines))

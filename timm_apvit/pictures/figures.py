@@ -4,6 +4,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from timm_apvit.failures import require
 from timm_apvit.pictures.views import PatchView
 
 if TYPE_CHECKING:
@@ -78,12 +79,9 @@ def printable(name: str) -> list[str]:
 
 def load_drawing() -> Any:
     """The module that needs matplotlib."""
-    try:
-        from timm_apvit.pictures import drawing
-    except ModuleNotFoundError as error:
-        if error.name is None or not error.name.startswith('matplotlib'):
-            raise
-        raise ModuleNotFoundError("pictures need matplotlib: pip install 'timm-apvit[pictures]'") from None
+    require('matplotlib', 'a picture', "'timm-apvit[pictures]'")
+    from timm_apvit.pictures import drawing
+
     return drawing
 
 

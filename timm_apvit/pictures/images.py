@@ -5,20 +5,19 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image, ImageOps
 from timm.data import resolve_data_config
 from torch import Tensor
 
 from timm_apvit.files import AnyPath
 from timm_apvit.models.mixin import APViT
+from timm_apvit.patching.deterministic import resize
 
-if TYPE_CHECKING:
-    from PIL.Image import Image
-
-    AnyImage = Tensor | np.ndarray[Any, Any] | Image | AnyPath
+AnyImage = Tensor | np.ndarray[Any, Any] | Image.Image | AnyPath
 
 # Longer side of what is made of an image file: no screen shows more, and a photograph of 100 megapixels takes minutes.
 LONGEST = 1024
@@ -45,7 +44,7 @@ def per_channel(values: Sequence[float], in_chans: int) -> tuple[float, ...]:
     return tuple(values) if len(values) == in_chans else (sum(values) / len(values),) * in_chans
 
 
-def read_image(source: 'AnyImage', in_chans: int = 3, longest: int | None = None) -> Tensor:
+def read_image(source: AnyImage, in_chans: int = 3, longest: int | None = None) -> Tensor:
     """Read an image: a file that Pillow reads, its image, an array or a tensor -> ``(C, H, W)`` in [0, 1].
 
     A file is turned upright as its EXIF orientation says; what is transparent lies on white; of an animation the first
@@ -62,14 +61,9 @@ def read_image(source: 'AnyImage', in_chans: int = 3, longest: int | None = None
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: it is not an image, is damaged, or does not have C channels.
-        ModuleNotFoundError: Pillow is not installed.
     """
     if isinstance(source, Tensor):
         return _resized(_checked(source, in_chans), longest)
-    try:
-        from PIL import Image, ImageOps
-    except ModuleNotFoundError:
-        raise ModuleNotFoundError("image files need Pillow: pip install 'timm-apvit[pictures]'") from None
     if in_chans not in (1, 3):
         raise ValueError(f'expected a tensor of {in_chans} channels, as the model takes, got an image of 1 or 3')
     if isinstance(source, np.ndarray):
@@ -84,14 +78,12 @@ def read_image(source: 'AnyImage', in_chans: int = 3, longest: int | None = None
         return _pixels(image, in_chans, longest)
 
 
-def eight_bit(image: 'Image', in_chans: int) -> 'Image':
+def eight_bit(image: Image.Image, in_chans: int) -> Image.Image:
     """An image of Pillow in 8 bits a channel, of mode L or RGB, with the pixels that `read_image` sees.
 
     So what a model is trained and tested on is what is drawn: upright, on white, and of deep ones the same contrast. Of
     one that is more than 64 times as long as wide it is the middle: resized, the whole of it would fill the memory.
     """
-    from PIL import Image, ImageOps
-
     if image.getexif().get(ORIENTATION, 1) != 1:
         image = ImageOps.exif_transpose(image)
     if image.mode in DEEP:
@@ -104,15 +96,13 @@ def eight_bit(image: 'Image', in_chans: int) -> 'Image':
 
 
 @contextmanager
-def opened(path: Path) -> Iterator['Image']:
+def opened(path: Path) -> Iterator[Image.Image]:
     """Open an image file, upright.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: it is not an image or is damaged, as far as what is done with it shows.
     """
-    from PIL import Image, ImageOps
-
     if not path.is_file():
         what = 'which is a folder' if path.is_dir() else 'which does not exist'
         raise FileNotFoundError(f'expected an image file, got {str(path)!r}, {what}')
@@ -122,7 +112,8 @@ def opened(path: Path) -> Iterator['Image']:
             # size on it refuses them.
             warnings.simplefilter('ignore')
             with Image.open(path) as image:
-                yield ImageOps.exif_transpose(image)
+                ImageOps.exif_transpose(image, in_place=True)
+                yield image
     # Damaged files fail in as many ways as there are formats.
     except Exception as error:
         raise ValueError(unreadable(path, error)) from error
@@ -136,10 +127,8 @@ def unreadable(path: AnyPath, error: Exception) -> str:
     return f'expected an image file, got {str(path)!r}, which cannot be read: {reason}'
 
 
-def _pixels(image: 'Image', in_chans: int, longest: int | None) -> Tensor:
+def _pixels(image: Image.Image, in_chans: int, longest: int | None) -> Tensor:
     """An image of Pillow as ``(C, H, W)`` in [0, 1]."""
-    from PIL import Image
-
     most = max(image.size)
     side = min(most, LONGEST) if longest is None else longest
     size = [max(1, round(length * side / most)) for length in image.size]
@@ -152,10 +141,8 @@ def _pixels(image: 'Image', in_chans: int, longest: int | None) -> Tensor:
     return values.permute(2, 0, 1).float() / 255
 
 
-def _deep(image: 'Image') -> 'Image':
+def _deep(image: Image.Image) -> Image.Image:
     """A grey image of more than 8 bits, as floating-point numbers in [0, 1]."""
-    from PIL import Image
-
     values = np.nan_to_num(np.asarray(image).astype(np.float32), posinf=0, neginf=0)
     low, high = float(values.min()), float(values.max())
     if image.mode != 'F' and low >= 0 and high <= 65535:
@@ -165,10 +152,8 @@ def _deep(image: 'Image') -> 'Image':
     return Image.fromarray((values - low) / max(high - low, 1e-12))
 
 
-def _on_white(image: 'Image') -> 'Image':
+def _on_white(image: Image.Image) -> Image.Image:
     """An image with what is transparent on white."""
-    from PIL import Image
-
     if image.mode not in WITH_ALPHA and 'transparency' not in image.info:
         return image
     image = image.convert('RGBA')
@@ -205,7 +190,4 @@ def _resized(image: Tensor, longest: int | None) -> Tensor:
     if longest is None or longest == max(image.shape[1:]):
         return image
     size = [max(1, round(length * longest / max(image.shape[1:]))) for length in image.shape[1:]]
-    resized = torch.nn.functional.interpolate(
-        image[None].float(), size, mode='bilinear', antialias=True, align_corners=False
-    )
-    return resized[0].clamp(0, 1)
+    return resize(image[None].float(), size, 'bilinear')[0].clamp(0, 1)

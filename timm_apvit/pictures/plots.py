@@ -72,7 +72,7 @@ def plot_patches(
         A figure, which a notebook shows and ``savefig`` writes.
 
     Raises:
-        ModuleNotFoundError: matplotlib, or for files Pillow, is not installed.
+        ModuleNotFoundError: matplotlib is not installed.
         FileNotFoundError: there is no such image.
         ValueError: an argument that is none of these.
     """
