@@ -30,7 +30,7 @@ def page() -> str:
             '# Which models of timm have an adaptive twin',
             '',
             f'timm {timm.__version__}: {len(vits)} ViTs have a twin, with {tags} pretrained tags. The name follows '
-            "from the ViT's: `vit_` at its start becomes `apvit_`, which else goes before it; tags are the ViT's own. "
+            "from the ViT's: a leading `vit_` becomes `apvit_`, other names get it in front; tags are the ViT's own. "
             '`timm_apvit.twin_name` and `timm_apvit.vit_name` go from one to the other. '
             'Written by `python docs/twins.py`.',
             '',

@@ -110,7 +110,7 @@ class Settings:
         'draw the images of a folder so that all classes come equally often (default: no)', False)
     seed: int = option(TRAINING, number(int, 0, 2**63 - 1),
         'of all that is random (default: 0, so that a run can be repeated)', 0)
-    samples: int | None = option(TRAINING, COUNT, 'embedded images per epoch (default: 8000, a minute on a CPU)')
+    samples: int | None = option(TRAINING, COUNT, 'embedded images per epoch (default: 8000, 17 s on a CPU)')
     test_samples: int | None = option(TRAINING, COUNT,
         'embedded test images (default: 1000: a standard error of 1.5 points)')
 
