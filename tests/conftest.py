@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from images import write_images
 from torch import Tensor, nn
 
 import timm_apvit
@@ -54,6 +55,14 @@ def dinov2_file() -> str:
     if not path.is_file():
         pytest.skip(f'set APVIT_DINOV2 to a file {DINOV2} for tests on real weights')
     return str(path)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Three images each of two classes, to train and to test."""
+    for n, name in enumerate(('train/cat', 'train/dog', 'val/cat', 'val/dog')):
+        write_images(tmp_path / 'images' / name, 3, seed=n)
+    return tmp_path / 'images'
 
 
 @pytest.fixture
@@ -134,6 +143,18 @@ def assert_equal_up_to_rounding(actual: Tensor, expected: Tensor) -> None:
 def create(name: str = 'test_apvit', **kwargs: object) -> nn.Module:
     """An APViT in eval mode whose patches have moved."""
     return move_patches(timm.create_model(name, **kwargs), std=0.3).eval()
+
+
+def learn(optimizer: torch.optim.Optimizer, steps: int, loss_of: Callable[[], Tensor]) -> list[float]:
+    """Take steps down a loss, and return what it was before each."""
+    losses = []
+    for _ in range(steps):
+        loss = loss_of()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
 
 
 def images(*shape: int) -> Tensor:

@@ -9,7 +9,6 @@ import pytest
 import timm
 import torch
 from conftest import create
-from images import write_images
 from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
@@ -35,13 +34,6 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp('runs') / 'run'
     assert main(['finetune', *TINY.split(), '--output', str(directory)]) == 0
     return directory
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    for n, name in enumerate(('train/cat', 'train/dog', 'val/cat', 'val/dog')):
-        write_images(tmp_path / 'images' / name, 3, seed=n)
-    return tmp_path / 'images'
 
 
 def saved(directory: Path, names: list[str] | None, num_classes: int = 2, num_patches: Any = 2) -> str:

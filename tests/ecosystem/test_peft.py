@@ -3,7 +3,7 @@
 import pytest
 import timm
 import torch
-from conftest import assert_equal_up_to_rounding, relative
+from conftest import assert_equal_up_to_rounding, learn, relative
 from torch.nn.functional import cross_entropy
 
 import timm_apvit
@@ -37,13 +37,7 @@ def trained(request):
     learns = [value for value in model.parameters() if value.requires_grad]
     optimizer = torch.optim.AdamW(learns, lr=5e-3, weight_decay=0)  # which would change what gets no gradient
     x, labels = images()
-    losses = []
-    for _ in range(8):
-        loss = cross_entropy(model(x), labels)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
+    losses = learn(optimizer, 8, lambda: cross_entropy(model(x), labels))
     return model.eval(), before, losses, request.param
 
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from conftest import learn
 
 import timm_apvit
 
@@ -49,13 +50,7 @@ def test_detector_learns_to_find_squares(kind, num_patches, tmp_path):
     model = detector(kind, num_patches=num_patches)
     images, targets = squares()
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
-    losses = []
-    for _ in range(18):
-        loss = sum(model(images, targets).values())
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
+    losses = learn(optimizer, 18, lambda: sum(model(images, targets).values()))
     assert losses[-1] < 0.8 * losses[0]
     fields = model.backbone.vit.patch_embed.patching.localizer.fields
     assert all(parameter.grad.abs().sum() > 0 for parameter in fields.parameters())

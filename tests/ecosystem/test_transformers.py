@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from conftest import assert_equal_up_to_rounding, create, images, randomise, relative
+from conftest import assert_equal_up_to_rounding, create, images, learn, randomise, relative
 from hidden import EPOCHS, assert_finds, hidden_patterns, small_model
 from hub_server import client_environment, serve
 from PIL import Image
@@ -248,13 +248,7 @@ def test_decoders_on_a_pyramid_learn_and_come_back(create_decoder, tmp_path):
     if create_decoder is mask2former:
         targets = {'mask_labels': masks, 'class_labels': [torch.arange(3)] * 2}
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    losses = []
-    for _ in range(15):
-        loss = model(x, **targets).loss
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
+    losses = learn(optimizer, 15, lambda: model(x, **targets).loss)
     assert losses[-1] < 0.9 * losses[0]
     model.eval().save_pretrained(tmp_path)
     again = type(model).from_pretrained(tmp_path).eval()

@@ -7,20 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from images import load_folder, write_images
+from images import load_folder
 from PIL import Image
 from timm.data import create_transform
 
 from timm_apvit.finetuning.clutter import Clutter, ClutteredObjects
 from timm_apvit.finetuning.digits import load_embedded_digits
 from timm_apvit.finetuning.samples import BatchSplit, Samples, SeededSamples, Splits, micro_batches
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    for n, name in enumerate(('train/cat', 'train/dog', 'val/cat', 'val/dog')):
-        write_images(tmp_path / 'images' / name, 3, seed=n)
-    return tmp_path / 'images'
 
 
 def epoch_of(samples: Samples, epoch: int, workers: int = 0, shuffle: bool = True) -> tuple[torch.Tensor, torch.Tensor]:

@@ -11,13 +11,6 @@ from PIL import Image
 from timm_apvit.finetuning.image_files import find_test
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    for n, name in enumerate(('train/cat', 'train/dog', 'val/cat', 'val/dog')):
-        write_images(tmp_path / 'images' / name, 3, seed=n)
-    return tmp_path / 'images'
-
-
 def test_folder_numbers_classes_alike_in_both_splits(folder: Path) -> None:
     for image in (folder / 'val/cat').iterdir():
         image.unlink()

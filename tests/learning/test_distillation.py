@@ -7,7 +7,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from conftest import randomise
+from conftest import learn, randomise
 from tiny import a_batch, tiny_learner, tiny_model
 from torch import nn
 
@@ -117,15 +117,13 @@ def test_attention_draws_patches_to_where_it_is() -> None:
     attention = torch.zeros(1, 16)
     attention[0, [3, 7]] = 0.5  # the upper right corner
     optimizer = torch.optim.Adam([centres], lr=0.05)
-    losses = []
-    for _ in range(100):
+    taught = Outputs(torch.zeros(1, 2), torch.zeros(1, 2), None, attention, (4, 4))
+
+    def loss():
         outputs = Outputs(torch.zeros(1, 2), torch.zeros(1, 2), square_patches(centres, 0.25))
-        taught = Outputs(torch.zeros(1, 2), torch.zeros(1, 2), None, attention, (4, 4))
-        loss = distillation_losses(outputs, taught, NOTHING._replace(attention=1.0))['attention_loss']
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
+        return distillation_losses(outputs, taught, NOTHING._replace(attention=1.0))['attention_loss']
+
+    losses = learn(optimizer, 100, loss)
     assert losses[-1] < losses[0] / 3
     assert centres[0, :, 0].min() > 0.5
     assert centres[0, :, 1].max() < 0.1
