@@ -248,6 +248,8 @@ def test_rejects_targets(target):
     geometry = create(**CROWDING).patch_geometry(torch.randn(2, 3, 96, 96))
     with pytest.raises(ValueError, match='expected a target'):
         saliency_loss(geometry, target)
+    with pytest.raises(ValueError, match=r'expected a geometry of a localizer that says .*, got Tensor'):
+        saliency_loss(target, target)
 
 
 def test_images_without_things_teach_nothing():

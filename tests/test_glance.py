@@ -1,6 +1,7 @@
 """Where a glance by the ViT's own blocks looks, what it answers, and what teaches it."""
 
 import copy
+from functools import partial
 
 import pytest
 import timm
@@ -23,6 +24,8 @@ FAMILIES = (
     'apvit_small_patch16_rope_mixed_224',
     'apvit_so150m_patch16_reg4_gap_256',
 )
+
+PIXELS, LABELS = torch.rand(2, 3, 32, 32), torch.zeros(2).long()
 
 
 def update(model, loss, steps=1, lr=1e-3):
@@ -190,7 +193,9 @@ def test_collapse_is_told():
     [
         ({'localizer': {'name': 'glance', 'blocks': 99}}, 'blocks of the glance to be at most'),
         ({'localizer': {'name': 'glance', 'blocks': 0}}, 'expected blocks to be an integer >= 1'),
-        ({'localizer': {'name': 'glance', 'grid': 0}}, 'expected grid to be an integer >= 1'),
+        ({'localizer': {'name': 'glance', 'grid': 0}}, 'expected grid to be an integer from 1 to 64, got 0'),
+        ({'localizer': {'name': 'glance', 'grid': None}}, 'expected grid to be an integer from 1 to 64, got None'),
+        ({'localizer': {'name': 'glance', 'width': 2.5}}, 'expected width to be an integer >= 1, got 2.5'),
         ({'localizer': {'name': 'glance', 'max_focus': 0.5}}, 'expected max_focus to be a finite number'),
         ({'localizer': {'name': 'glance', 'answer_drop': 2}}, 'expected answer_drop to be a finite number'),
         ({'localizer': {'name': 'glance', 'classes': [3, -1]}}, 'expected classes to be numbers of classes >= 0'),
@@ -213,16 +218,27 @@ def test_rejects_a_glance_without_a_vit():
 
 
 @pytest.mark.parametrize(
-    ('arguments', 'batches', 'epochs', 'message'),
+    ('arguments', 'batches', 'options', 'message'),
     [
-        ({}, [(torch.rand(2, 3, 32, 32), torch.zeros(2).long())], 1, 'a model with localizer=.glance., got one with a'),
-        ({'localizer': 'glance'}, [], 1, 'expected batches of images, got none'),
-        ({'localizer': 'glance'}, [], 0, 'expected epochs to be an integer >= 1, got 0'),
+        ({'localizer': 'cnn'}, [(PIXELS, LABELS)], {}, "a model with localizer='glance', got one with a"),
+        ({}, [], {}, 'expected batches of images, got none'),
+        ({}, [], {'epochs': 0}, 'expected epochs to be an integer >= 1, got 0'),
+        ({}, [(PIXELS.byte(), LABELS)], {}, 'expected a normalised floating-point image'),
+        ({}, [(PIXELS[0], LABELS)], {}, r'expected an image of shape \(B, 3, H, W\), got \[3, 32, 32\]'),
+        ({}, [{'image': PIXELS}], {}, 'expected batches of two tensors, images and targets, got dict'),
+        ({}, [(PIXELS, [0, 1])], {}, 'expected batches of two tensors'),
+        ({}, [(PIXELS, LABELS + 5)], {}, 'expected targets of the answers, got a loss of evidence .* that fails'),
+        ({}, [(PIXELS, LABELS)], {'loss': partial(cross_entropy, reduction='none')}, 'a loss that is a finite number'),
+        ({}, [(PIXELS / 0, LABELS)], {}, 'expected images and weights whose tokens are finite'),
+        ({'num_classes': 0}, [(PIXELS, LABELS)], {}, 'expected a model with classes, or a loss of pooled features'),
     ],
 )
-def test_rejects_to_fit_what_cannot_be(arguments, batches, epochs, message):
+def test_rejects_to_fit_what_cannot_be_and_learns_nothing(arguments, batches, options, message):
+    model = create(**{'localizer': 'glance', 'num_classes': 2, **arguments})
+    before = copy.deepcopy(model.state_dict())
     with pytest.raises(ValueError, match=message):
-        fit_glance(create(**arguments), batches, epochs)
+        fit_glance(model, batches, **options)
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
 
 
 def test_tokens_that_are_not_pooled_have_its_answer_too():

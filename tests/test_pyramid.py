@@ -190,6 +190,7 @@ def test_every_parameter_learns_and_checkpointing_changes_nothing():
     ({'strides': (4, 12)}, r'strides of \(2, 4, 8, 16, 32, 64\), each once and in rising order, got \(4, 12\)'),
     ({'strides': (8, 4)}, r'rising order, got \(8, 4\)'),
     ({'strides': ()}, r'got \(\)'),
+    ({'out_channels': 0}, 'out_channels to be an integer >= 1, got 0'),
     ({'out_indices': (4,)}, r'out_indices of the 4 strides \(4, 8, 16, 32\), got \(4,\)'),
     ({'block': 6}, 'a block of -6 to 5, got 6'),
     ({'feature_cls': 'hook'}, "'list' or 'dict', got 'hook'"),

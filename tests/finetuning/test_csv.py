@@ -95,6 +95,9 @@ def test_several_labels_are_learnt_evaluated_and_predicted(
     model, twin = json.loads(results.read_text())['rows']
     best = max(rows, key=lambda row: row['test_map'])
     assert [model['map'], model['loss']] == pytest.approx([best['test_map'], best['test_loss']], rel=1e-4)
+    for same in (run / 'best', f'local-dir:{run / "best"}'):  # which say of themselves that labels are several
+        assert main(['evaluate', str(same), str(several), *quick, '--json', str(results)]) == 0
+        assert json.loads(results.read_text())['rows'][0]['map'] == model['map']
     best = max(read_metrics(run / 'twin'), key=lambda row: row['test_map'])
     assert [twin['map'], twin['loss']] == pytest.approx([best['test_map'], best['test_loss']], rel=1e-4)
     images = [str(several / f'pictures/val{n}.png') for n in range(3)]
@@ -122,6 +125,7 @@ def test_a_csv_is_read_as_csv_is(single: Path, tmp_path: Path) -> None:
     [
         ('image,label\npictures/train0.png\n', '', r'path of an image and its label in line 2 of .*train\.csv'),
         ('image,label\nnone.png,red\n', '', r"images that exist in .*train\.csv, got '.*none\.png' in line 2"),
+        ('pictures/train0.png,red\n', '', r"a header in line 1 of .*train\.csv, such as image,label, got \['pict"),
         ('image,label\n', '', r"images with their classes in '.*train\.csv', got no images"),
         ('image,label\npictures/train0.png,red\n', '', "at least 2 classes in .*, got those of 'red' only"),
         (b'\xff\xfe\x00', '', r'a CSV in UTF-8, got another file in .*train\.csv'),

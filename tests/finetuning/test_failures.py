@@ -33,6 +33,17 @@ def test_loss_that_is_not_finite_names_the_step(
     check_kept(tmp_path / 'run', error)
 
 
+def test_failure_before_anything_is_learnt_leaves_nothing_in_the_way(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for path in (folder / 'train/cat').iterdir():
+        path.write_bytes(path.read_bytes()[:-60])
+    words = ['finetune', str(folder), '--model', 'test_apvit', '--img-size', '32', '--epochs', '1', '--device', 'cpu']
+    assert main([*words, '--batch-size', '4', '--workers', '0', '--output', str(tmp_path / 'run')]) == 1
+    assert capsys.readouterr().err.endswith('; nothing was written\n')
+    assert not (tmp_path / 'run').exists()
+
+
 @pytest.mark.parametrize('place', ['cpu', 'gpu', 'python'])
 def test_out_of_memory_says_what_to_lower(
     place: str, second_epoch: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -26,7 +26,9 @@ from timm_apvit.finetuning.preparation import check_budgets
 from timm_apvit.finetuning.samples import Splits
 from timm_apvit.finetuning.settings import DATA_HELP, OF_DATA, Settings
 from timm_apvit.finetuning.sources import is_path, load_splits
+from timm_apvit.finetuning.streams import reader_of
 from timm_apvit.finetuning.values import Budget, count, format_budget, parse_num_patches
+from timm_apvit.hub.labels import is_multi_label
 from timm_apvit.models.mixin import APViT
 from timm_apvit.pictures.figures import check_picture, load_drawing
 from timm_apvit.pictures.images import image_config
@@ -121,6 +123,8 @@ def load_evaluated(given: dict[str, Any], other: str | None = None) -> Evaluated
     model = load(options, any_vit=True)
     source = run if run is not None and data is None else Settings()
     source = replace(source, **{name: given[name] for name in ('data', *OF_DATA) if name in given})
+    if source.data is not None and reader_of(source.data) is None and 'multi_label' not in given:
+        source = replace(source, multi_label=source.multi_label or is_multi_label(model))
     data_config = image_config(with_images(model, source) if other is None else model)  # another has its own
     model, size = with_size(model, name, given.get('img_size'))
     if size is not None:

@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action='store_true',
         help='probabilities of classes that do not exclude each other (default: as the model says)',
     )
-    add_shared(parser, 'num_patches', 'batch_size', 'device')
+    add_shared(parser, 'num_patches', 'batch_size', 'threads', 'device')
 
 
 def prepare(given: dict[str, Any]) -> Callable[[], None]:

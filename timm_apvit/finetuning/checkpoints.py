@@ -152,6 +152,14 @@ def create_run(directory: Path, config: str) -> None:
     write_atomically(directory / CONFIG_FILE, config)
 
 
+def discard(directory: Path) -> bool:
+    """Remove the directory of a run that has trained nothing, so that the same command can begin it again."""
+    untouched = {path.name for path in directory.iterdir()} <= {CONFIG_FILE, LOCK_FILE}
+    if untouched:
+        shutil.rmtree(directory)
+    return untouched
+
+
 def write_metrics(directory: Path, rows: list[dict[str, float]]) -> None:
     """Write the metrics of all epochs so far, in place of what there is: ``metrics.jsonl`` and ``metrics.csv``."""
     write_atomically(directory / JSON_LOG, ''.join(json.dumps(row) + '\n' for row in rows))

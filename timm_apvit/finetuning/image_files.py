@@ -115,9 +115,11 @@ def read_csv(file: Path, class_to_idx: dict[str, int] | None = None, multi_label
     """
     try:
         reader = csv.reader(io.StringIO(file.read_text(encoding='utf-8-sig'), newline=''))
-        rows = [(reader.line_num, row) for row in reader if row][1:]
+        header, *rows = [(reader.line_num, row) for row in reader if row] or [(1, [''])]
     except (UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f'expected a CSV in UTF-8, got another file in {file}: {error}') from None
+    if header[1][0].strip() and (file.parent / header[1][0].strip()).is_file():
+        raise ValueError(f'expected a header in line {header[0]} of {file}, such as image,label, got {header[1]}')
     entries: list[tuple[str, list[str]]] = []
     for number, row in rows:
         names = [name.strip() for name in (row[1].split(SEPARATOR) if multi_label else row[1:2])] if row[1:] else []

@@ -16,7 +16,16 @@ from torch import nn
 from timm_apvit.failures import FailedError, explain, require
 from timm_apvit.files import write_atomically
 from timm_apvit.finetuning.baseline import create_baseline, save_baseline
-from timm_apvit.finetuning.checkpoints import BEST, LAST, TWIN, CheckpointStore, create_run, lock, write_metrics
+from timm_apvit.finetuning.checkpoints import (
+    BEST,
+    LAST,
+    TWIN,
+    CheckpointStore,
+    create_run,
+    discard,
+    lock,
+    write_metrics,
+)
 from timm_apvit.finetuning.config import config_text
 from timm_apvit.finetuning.models import create_model, start_model, with_images
 from timm_apvit.finetuning.preparation import check_batches, check_budgets, resolve_settings
@@ -158,6 +167,8 @@ def execute(run: Run) -> None:
         text = explain(error, LESS_MEMORY, accelerator.num_processes > 1)
         if (directory / LAST).is_symlink() and accelerator.is_main_process:
             text += f'; the last checkpoint is kept in {directory / LAST}; {resume}'
+        elif accelerator.is_main_process and discard(directory):
+            text += '; nothing was written'
         raise FailedError(text) from error
     accelerator.end_training()
 

@@ -1,11 +1,12 @@
 """A head start for ``localizer='glance'``: what reads the ViT's tokens is fitted before the ViT itself learns."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from timm_apvit.failures import one_line
 from timm_apvit.models.glance import GlanceLocalizer, answer_of, glances
 from timm_apvit.models.mixin import APViT, check_apvit, in_eval_mode
 from timm_apvit.patching.coords import in_float32
@@ -44,8 +45,13 @@ def fit_glance(
         The mean loss of the last epoch.
 
     Raises:
-        ValueError: a model without a glance, in float16 or frozen, epochs below 1, or no images.
+        ValueError: a model without a glance, in float16 or frozen, epochs below 1, no images or such as the model
+            refuses, targets that are not of the answers, or a loss that is not a finite number: nothing is learnt then.
     """
+    if loss is F.cross_entropy and glance_of(model).told[-1] == 0:
+        raise ValueError(
+            'expected a model with classes, or a loss of pooled features, got cross_entropy without classes'
+        )
     return fit_evidence(
         model, batches, lambda evidence, targets: loss(answer_of(evidence), targets), epochs, lr, most_images
     )
@@ -83,7 +89,7 @@ def fit_evidence(
             for chosen in torch.split(torch.randperm(len(tokens)), BATCH_SIZE):
                 batch = tokens[chosen].to(device).float()
                 evidence = localizer.evidence_of(F.dropout(localizer.norm(batch), DROPOUT))
-                value = loss(evidence, targets[chosen].to(device))
+                value = _finite(loss, evidence, targets[chosen].to(device))
                 optimizer.zero_grad()
                 value.backward()  # type: ignore[no-untyped-call]
                 optimizer.step()
@@ -136,7 +142,11 @@ def _seen(
     device = next(model.parameters()).device
     tokens, targets = [], []
     with in_eval_mode(model):
-        for images, wanted in batches:
+        for batch in batches:
+            if not isinstance(batch, Sequence) or [isinstance(each, Tensor) for each in batch] != [True, True]:
+                raise ValueError(f'expected batches of two tensors, images and targets, got {type(batch).__name__}')
+            images, wanted = batch
+            model.patch_embed.patching.check_image(images)
             canvas = model.patch_embed.on_canvas(images.to(device).float())
             pyramid = mip_pyramid(canvas, localizer.level((canvas.shape[2], canvas.shape[3])) + 1)
             tokens.append(localizer.tokens(pyramid)[0].to('cpu', torch.bfloat16))
@@ -149,4 +159,21 @@ def _seen(
                 break
     if not sum(map(len, tokens)):
         raise ValueError('expected batches of images, got none')
-    return torch.cat(tokens)[:most], torch.cat(targets)[:most]
+    found = torch.cat(tokens)[:most]
+    if not found.isfinite().all():
+        raise ValueError('expected images and weights whose tokens are finite numbers, got others')
+    return found, torch.cat(targets)[:most]
+
+
+def _finite(loss: Callable[[Tensor, Tensor], Tensor], evidence: Tensor, targets: Tensor) -> Tensor:
+    """A loss; ValueError unless it is a finite number."""
+    try:
+        value = loss(evidence, targets)
+    except (RuntimeError, IndexError) as error:
+        of = f'{list(evidence.shape)} and targets {list(targets.shape)}'
+        raise ValueError(
+            f'expected targets of the answers, got a loss of evidence {of} that fails: {one_line(error)}'
+        ) from error
+    if value.dim() or not value.isfinite():
+        raise ValueError(f'expected a loss that is a finite number, got {value!r:.80}')
+    return value

@@ -30,9 +30,10 @@ def saliency_loss(geometry: PatchGeometry, target: Tensor) -> Tensor:
         >>> target[:, 5:10, 5:10] = 1.0
         >>> saliency_loss(model.patch_geometry(torch.randn(2, 3, 160, 160)), target).backward()
     """
-    if geometry.saliency is None:
-        raise ValueError("expected a localizer that says where it looks, such as 'glance', got one that does not")
-    saliency = geometry.saliency
+    saliency = geometry.saliency if isinstance(geometry, PatchGeometry) else None
+    if saliency is None:
+        got = 'one that does not' if isinstance(geometry, PatchGeometry) else type(geometry).__name__
+        raise ValueError(f"expected a geometry of a localizer that says where it looks, such as 'glance', got {got}")
     shares = _shares(target, len(saliency), (saliency.shape[1], saliency.shape[2]))
     return _cross_entropy(saliency.flatten(1), shares.to(saliency.device))
 

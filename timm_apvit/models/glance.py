@@ -15,11 +15,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from timm_apvit.patching.anchors import Anchors, Layout, rows_of
-from timm_apvit.patching.coords import check_counts, check_number, in_float32
+from timm_apvit.patching.coords import check_count, check_number, in_float32
 from timm_apvit.patching.deterministic import grid_sample
 from timm_apvit.patching.layers import LayerNorm, Linear, ScaleKeeping, ZeroLinear
 from timm_apvit.patching.localizers import MOST_CROWD, Localizer, Look, register_localizer
 from timm_apvit.patching.windows import best_window
+
+# Rows and columns of a glance: beyond it takes longer, and more memory, than anyone means it to.
+MOST_GRID = 64
 
 
 class Held:
@@ -47,7 +50,7 @@ class GlanceLocalizer(ScaleKeeping, Localizer):
         fields: as for `Localizer`.
         in_chans: image channels C.
         blocks: how many of the ViT's blocks read the glance; default: half of them.
-        grid: rows and columns of the glance at a square image; others have about as many cells.
+        grid: rows and columns of the glance at a square image, at most 64; others have about as many cells.
         width: of the hidden layers.
         max_focus: largest factor by which a window closes in; 1: it is the whole image.
         crowd: share of the patches, within [0, 0.9], that crowd where it matters, instead of a window about them all:
@@ -82,11 +85,9 @@ class GlanceLocalizer(ScaleKeeping, Localizer):
         dtype: Any = None,
     ) -> None:
         super().__init__()
-        for name, value in (('blocks', blocks), ('grid', grid), ('width', width)):
-            if value is not None and not isinstance(check_counts(name, '', value), int):
-                raise ValueError(f'expected {name} to be an integer >= 1, got {value!r}')
         self.widths, self.factory = dict(fields), {'device': device, 'dtype': dtype}
-        self.blocks, self.grid, self.width = blocks or 0, grid, width
+        self.blocks = 0 if blocks is None else check_count('blocks', blocks)
+        self.grid, self.width = check_count('grid', grid, MOST_GRID), check_count('width', width)
         self.max_focus = check_number('max_focus', max_focus, 1)
         self.crowd = check_number('crowd', crowd, 0, MOST_CROWD)
         self.answer_drop = check_number('answer_drop', answer_drop, 0, 1)

@@ -18,7 +18,7 @@ from timm_apvit.models.apvit import twin_name
 from timm_apvit.models.dense import check_all_there, dense_map, quarters, splat_weights
 from timm_apvit.models.mixin import APViT, check_apvit, where_is
 from timm_apvit.models.vits import ADAPTIVE_CLASSES
-from timm_apvit.patching.coords import vector_on
+from timm_apvit.patching.coords import check_count, vector_on
 from timm_apvit.patching.deterministic import grid_sample
 from timm_apvit.patching.geometry import PatchGeometry
 
@@ -77,6 +77,7 @@ class FeaturePyramid(nn.Module):
         indices = tuple(range(len(strides)) if out_indices is None else out_indices)
         if not indices or not all(-len(strides) <= index < len(strides) for index in indices):
             raise ValueError(f'expected out_indices of the {len(strides)} strides {strides}, got {indices}')
+        check_count('out_channels', out_channels)
         chosen = sorted({index % len(strides) for index in indices})
         self.vit, self.block, self.strides = vit, block % depth, tuple(strides[index] for index in chosen)
         self.out_channels, self.feature_cls = out_channels, feature_cls

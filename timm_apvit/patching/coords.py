@@ -74,6 +74,18 @@ def check_shape(name: str, value: Any, shape: tuple[int, ...]) -> Tensor:
     return value
 
 
+def check_count(name: str, value: Any, most: int | None = None) -> int:
+    """Return an integer from 1 to ``most``; ValueError names the argument if it is none."""
+    try:
+        count = 0 if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        count = 0
+    if count < 1 or (most is not None and count > most):
+        bounds = '>= 1' if most is None else f'from 1 to {most}'
+        raise ValueError(f'expected {name} to be an integer {bounds}, got {value!r}')
+    return count
+
+
 def check_counts(name: str, pair: str, given: Any) -> int | tuple[int, int]:
     """Return a count, or a pair of them, as an int or a tuple of ints; ValueError names the argument and its pair."""
     is_pair = isinstance(given, Sequence) and not isinstance(given, str)

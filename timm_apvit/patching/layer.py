@@ -104,10 +104,7 @@ class AdaptivePatching(nn.Module):
         Returns:
             Patches ``(B, N, C, P_h, P_w)``, float32, and the geometry of the batch.
         """
-        if image.dim() != 4 or image.shape[1] != self.in_chans or min(image.shape[2], image.shape[3]) < 1:
-            raise ValueError(f'expected an image of shape (B, {self.in_chans}, H, W), got {list(image.shape)}')
-        if not image.is_floating_point():
-            raise ValueError(f'expected a normalised floating-point image, got dtype {image.dtype}')
+        self.check_image(image)
         layout = layout or self.layout
         image_size = (image.shape[2], image.shape[3])
         with in_float32(image.device):
@@ -118,6 +115,13 @@ class AdaptivePatching(nn.Module):
         with in_float32(image.device):
             geometry = self._located(image, look, layout)
             return self._sample(pyramid[:num_levels], geometry), geometry
+
+    def check_image(self, image: Tensor) -> None:
+        """Raise ValueError unless it is a batch of images ``(B, C, H, W)``, floating point."""
+        if image.dim() != 4 or image.shape[1] != self.in_chans or min(image.shape[2], image.shape[3]) < 1:
+            raise ValueError(f'expected an image of shape (B, {self.in_chans}, H, W), got {list(image.shape)}')
+        if not image.is_floating_point():
+            raise ValueError(f'expected a normalised floating-point image, got dtype {image.dtype}')
 
     def unmoved(self, pyramid: list[Tensor], layout: Layout) -> tuple[Tensor, PatchGeometry]:
         """The patches of a layout where its anchors are, from the mip levels of a batch; as `forward` returns them."""
