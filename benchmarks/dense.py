@@ -9,6 +9,7 @@ of its own in `benchmarks/results`, and a finished one is not repeated. `--repor
 """
 
 import argparse
+import itertools
 import json
 import sys
 import time
@@ -25,6 +26,7 @@ from environment import counted, write_report
 from fashion import NAMES, load_several
 from photographs import CATEGORIES, TEST_SEED, Places, Populated, Scene
 from torch import Tensor, nn
+from torch.optim.swa_utils import update_bn
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models.detection import FCOS
 from torchvision.models.detection.anchor_utils import AnchorGenerator
@@ -182,6 +184,7 @@ def run(options: argparse.Namespace, contestant: str, tokens: int, seed: int) ->
     model, vit = create(task, contestant, tokens, options.weights, **options.model_kwargs)
     cost = multiply_adds(task, model.eval())
     train = task.load('train', options.images // task.passes, seed + 1)
+    calibration = task.load('train', 8 * batch, seed + 1)
     test = task.load('test', options.test_images, TEST_SEED)
     begin = time.perf_counter()
     if contestant == 'crowded' and options.weights:  # from scratch its tokens tell nothing yet
@@ -208,6 +211,8 @@ def run(options: argparse.Namespace, contestant: str, tokens: int, seed: int) ->
         rates.step()
         if update % -(-updates // options.tests) == 0 or update == updates:
             seconds += time.perf_counter() - begin
+            # Else a decoder's batch norm would be tested with statistics of the weights of some updates ago.
+            update_bn(itertools.islice(batches(calibration, 1, batch, seed), 8), model)
             found = task.score(model.eval(), batches(test, 1, batch, 0), len(task.names) + 1, small)
             rounded = {name: round(value, 4) for name, value in found.items()}
             curve.append({'images': update * batch, 'seconds': round(seconds, 1), **rounded})

@@ -150,7 +150,8 @@ def check_epochs(settings: Settings) -> None:
     """Raise ValueError if something is to last longer than the training."""
     epochs = settings.epochs or 0
     if (settings.warmup or 0) >= epochs:
-        raise ValueError(f'expected --warmup below --epochs, got {settings.warmup:g} of {epochs}')
+        began = '' if settings.resume is None else ', a warmup that the run began with'
+        raise ValueError(f'expected --warmup below --epochs, got {settings.warmup:g} of {epochs}{began}')
     for name in ('freeze_backbone_epochs', 'freeze_localizer_epochs', 'jitter_epochs'):
         value = getattr(settings, name)
         if value is not None and value > epochs:
