@@ -9,8 +9,6 @@ held before. Slopes are those of straight lines through logarithms, of the large
 """
 
 import argparse
-import ctypes
-import gc
 import json
 import math
 import os
@@ -22,7 +20,7 @@ from typing import Any
 
 import timm
 import torch
-from cost import resident
+from cost import resident, rest_peak
 from environment import counted, new_file, write_report
 from speed import randomised
 from timing import ALLOCATOR, keep_memory, time_in_turns
@@ -61,10 +59,7 @@ def peak(who: str, along: str, value: int) -> float:
         for name in ('test_vit', 'test_apvit'):  # libraries that load at first use
             timm.create_model(name).eval()(torch.randn(1, 3, 160, 160))
     model, image = prepared(who, along, value)
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)  # or what was free before would be taken first, unseen; glibc only
-    Path('/proc/self/clear_refs').write_text('5')  # the peak starts from here; Linux only
-    before = resident('VmRSS')
+    before = rest_peak()
     with torch.inference_mode():
         model(image)
     return resident('VmHWM') - before

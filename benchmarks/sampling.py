@@ -15,11 +15,10 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from cost import resident
+from cost import resident, rest_peak
 from environment import counted, new_file, write_report
 from timing import keep_memory, peak_memory, quartiles, time_in_turns
 from torch import Tensor
@@ -132,8 +131,7 @@ def peak(sampling: Sampling, way: str) -> float:
         if sampling.image.is_cuda:
             return peak_memory(lambda: WAYS[way](sampling), 'cuda')
         WAYS[way](Sampling(1, 2, 64, 'cpu'))  # loads what it needs
-        Path('/proc/self/clear_refs').write_text('5')  # the peak starts from here; Linux only
-        before = resident('VmRSS')
+        before = rest_peak()
         WAYS[way](sampling)
     return resident('VmHWM') - before
 

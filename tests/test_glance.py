@@ -1,6 +1,7 @@
 """Where a glance by the ViT's own blocks looks, what it answers, and what teaches it."""
 
 import copy
+import math
 from functools import partial
 
 import pytest
@@ -26,6 +27,11 @@ FAMILIES = (
 )
 
 PIXELS, LABELS = torch.rand(2, 3, 32, 32), torch.zeros(2).long()
+
+
+def nan_at_last(answers, labels, factors=iter((1.0, math.nan))):  # noqa: B008
+    """A loss that is a number once."""
+    return cross_entropy(answers, labels) * next(factors)
 
 
 def update(model, loss, steps=1, lr=1e-3):
@@ -229,6 +235,7 @@ def test_rejects_a_glance_without_a_vit():
         ({}, [(PIXELS, [0, 1])], {}, 'expected batches of two tensors'),
         ({}, [(PIXELS, LABELS + 5)], {}, 'expected targets of the answers, got a loss of evidence .* that fails'),
         ({}, [(PIXELS, LABELS)], {'loss': partial(cross_entropy, reduction='none')}, 'a loss that is a finite number'),
+        ({}, [(PIXELS, LABELS)], {'loss': nan_at_last, 'epochs': 2}, 'a loss that is a finite number'),
         ({}, [(PIXELS / 0, LABELS)], {}, 'expected images and weights whose tokens are finite'),
         ({'num_classes': 0}, [(PIXELS, LABELS)], {}, 'expected a model with classes, or a loss of pooled features'),
     ],

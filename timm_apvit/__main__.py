@@ -14,12 +14,14 @@ def main() -> int:
     except KeyboardInterrupt:
         sys.stderr.write('interrupted; nothing was written\n')
         status = 130
-    if int(os.environ.get('WORLD_SIZE', '1')) > 1 and sys.argv[1:2] != ['run']:
+    if os.environ.get('WORLD_SIZE', '') not in ('', '1') and sys.argv[1:2] != ['run']:
         # A thread of torch's process group that still holds a tensor would abort an interpreter that ends (torch 2.14).
-        atexit._run_exitfuncs()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
+        try:
+            atexit._run_exitfuncs()
+            sys.stdout.flush()
+            sys.stderr.flush()
+        finally:
+            os._exit(status)
     return status
 
 

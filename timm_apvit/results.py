@@ -28,7 +28,7 @@ def check_results(results: Any) -> None:
         raise ValueError(f'expected results with rows, as evaluate writes them, got {results!r:.80}')
     for row in rows:
         if not ({'budget', 'num_patches'} <= row.keys() and METRICS.keys() & row.keys()):
-            raise ValueError(f'expected rows with budget, num_patches and top1, got {row!r:.80}')
+            raise ValueError(f'expected rows with budget, num_patches, and top1 or map, got {row!r:.80}')
         speeds = row.get('images_per_second', {})
         if not isinstance(speeds, Mapping):
             raise ValueError(f'expected images_per_second by size of the batch, got {speeds!r:.80}')

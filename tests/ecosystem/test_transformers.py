@@ -87,7 +87,11 @@ def test_pipeline_knows_of_classes_that_do_not_exclude_each_other(saved, tmp_pat
     timm_apvit.save_pretrained(model, tmp_path / 'first', label_names=NAMES, model_config=kind)
     loaded = timm.create_model(f'local-dir:{tmp_path / "first"}', pretrained=True)
     timm_apvit.save_pretrained(loaded, tmp_path / 'second')  # which need not be told again
-    for folder in ('first', 'second'):
+    timm_apvit.save_pretrained(model, tmp_path / 'again', label_names=NAMES)
+    theirs = classifier(str(tmp_path / 'first'))
+    theirs.save_pretrained(tmp_path / 'theirs')
+    timm_apvit.save_pretrained(theirs.timm_model, tmp_path / 'theirs')
+    for folder in ('first', 'second', 'again', 'theirs'):
         pipeline = transformers.pipeline('image-classification', model=str(tmp_path / folder))
         logits = pipeline.model(**pipeline.image_processor(picture(), return_tensors='pt')).logits[0]
         found = {each['label']: each['score'] for each in pipeline(picture())}

@@ -96,8 +96,9 @@ def test_several_labels_are_learnt_evaluated_and_predicted(
     best = max(rows, key=lambda row: row['test_map'])
     assert [model['map'], model['loss']] == pytest.approx([best['test_map'], best['test_loss']], rel=1e-4)
     for same in (run / 'best', f'local-dir:{run / "best"}'):  # which say of themselves that labels are several
-        assert main(['evaluate', str(same), str(several), *quick, '--json', str(results)]) == 0
-        assert json.loads(results.read_text())['rows'][0]['map'] == model['map']
+        beside = ['--beside', str(run / 'twin/best'), '--json', str(results)]
+        assert main(['evaluate', str(same), str(several), *quick, *beside]) == 0
+        assert [row['map'] for row in json.loads(results.read_text())['rows']] == [model['map'], twin['map']]
     best = max(read_metrics(run / 'twin'), key=lambda row: row['test_map'])
     assert [twin['map'], twin['loss']] == pytest.approx([best['test_map'], best['test_loss']], rel=1e-4)
     images = [str(several / f'pictures/val{n}.png') for n in range(3)]

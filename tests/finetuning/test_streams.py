@@ -197,7 +197,7 @@ def test_rejects_labels_that_are_not_of_a_class_when_it_meets_them(
     write_shards(tmp_path / 'shards', 'train', classes=3)
     command = ['finetune', *arguments_of(shards), *TINY.split(), '--workers', str(workers)]
     assert main([*command, '--output', str(tmp_path / 'run')]) == 1
-    assert capsys.readouterr().err == 'error: expected labels from 0 to 1, got 2: see --num-classes\n'
+    assert capsys.readouterr().err.startswith('error: expected labels from 0 to 1, got 2: see --num-classes; nothing')
 
 
 def test_a_stream_without_the_images_it_declares_is_an_error(shards: dict[str, Any], tmp_path: Path) -> None:

@@ -81,7 +81,9 @@ def prepare(given: dict[str, Any]) -> Callable[[], None]:
             check_writable(given[name])
     if 'confusion' in given and Path(given['confusion']).suffix.lower() != '.csv':
         check_picture('--confusion', given['confusion'], also=('csv',))
-    entries = [load_evaluated(given), *(load_evaluated(given, other) for other in given.get('beside', ()))]
+    first = load_evaluated(given)
+    same = {**given, 'multi_label': first.splits.multi_label}
+    entries = [first, *(load_evaluated(same, other) for other in given.get('beside', ()))]
     counted = [name for name in ('per_class', 'confusion') if name in given]
     if counted and entries[0].splits.multi_label:
         raise ValueError('expected data of one label to an image for --per-class and --confusion, got several labels')

@@ -12,6 +12,7 @@ from typing import Any
 from timm.models import save_for_hf
 from torch import Tensor, nn
 
+from timm_apvit.hub.labels import kind_notes
 from timm_apvit.models.adapting import vit_of
 from timm_apvit.models.mixin import APViT
 from timm_apvit.patching.deterministic import resize
@@ -64,10 +65,11 @@ def resizing(vit: Any) -> nn.Module:
     return resized
 
 
-def save_baseline(model: nn.Module, directory: Path, label_names: list[str]) -> None:
+def save_baseline(model: nn.Module, directory: Path, label_names: list[str], multi_label: bool = False) -> None:
     """Save a baseline for ``timm.create_model('local-dir:DIRECTORY', pretrained=True)``, a ViT that resizes nothing."""
     vit: Any = model
     config = {'label_names': label_names, 'num_classes': vit.num_classes, SOURCE_SIZE: list(vit.source_size)}
+    vit.pretrained_cfg = {**vit.pretrained_cfg, 'notes': kind_notes(vit, multi_label)}
     args = {name: value for name, value in vit._model_args.items() if name not in ('num_classes', 'in_chans')}
     args |= {'img_size': list(vit.patch_embed.img_size), 'in_chans': vit.patch_embed.proj.in_channels}
     save_for_hf(vit, directory, model_config=config, model_args=args, safe_serialization=True)

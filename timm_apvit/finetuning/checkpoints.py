@@ -154,10 +154,14 @@ def create_run(directory: Path, config: str) -> None:
 
 def discard(directory: Path) -> bool:
     """Remove the directory of a run that has trained nothing, so that the same command can begin it again."""
-    untouched = {path.name for path in directory.iterdir()} <= {CONFIG_FILE, LOCK_FILE}
-    if untouched:
-        shutil.rmtree(directory)
-    return untouched
+    found = list(directory.iterdir()) if directory.is_dir() else []
+    if not {path.name for path in found} <= {CONFIG_FILE, LOCK_FILE}:
+        return False
+    with suppress(OSError):  # a link, or where something is mounted: it stays, and is empty
+        for path in found:
+            path.unlink()
+        directory.rmdir()
+    return True
 
 
 def write_metrics(directory: Path, rows: list[dict[str, float]]) -> None:

@@ -167,7 +167,7 @@ def execute(run: Run) -> None:
         text = explain(error, LESS_MEMORY, accelerator.num_processes > 1)
         if (directory / LAST).is_symlink() and accelerator.is_main_process:
             text += f'; the last checkpoint is kept in {directory / LAST}; {resume}'
-        elif accelerator.is_main_process and discard(directory):
+        elif run.settings.resume is None and accelerator.is_main_process and discard(directory):
             text += '; nothing was written'
         raise FailedError(text) from error
     accelerator.end_training()
@@ -218,7 +218,7 @@ def train(run: Run, model: nn.Module, name: str, directory: Path) -> list[Row]:
         if isinstance(model, APViT):
             save_pretrained(model, directory, label_names=names, model_config={'problem_type': kind})
         else:
-            save_baseline(model, directory, names)
+            save_baseline(model, directory, names, run.splits.multi_label)
 
     def report(rows: list[Row]) -> None:
         write_metrics(directory, rows)

@@ -23,15 +23,27 @@ def class_names(model: Any) -> list[str]:
     config = model.pretrained_cfg
     if names := config.get('label_names'):
         return [str(name) for name in names]
-    if model.num_classes == IMAGENET and config.get('source') is None:
+    of_timm = str(config.get('hf_hub_id') or '').startswith('timm/') and not config.get('file')
+    if model.num_classes == IMAGENET and of_timm:
         info = ImageNetInfo('imagenet-1k')
         return [info.index_to_description(n) for n in range(IMAGENET)]
     return [str(n) for n in range(model.num_classes)]
 
 
 def is_multi_label(model: Any) -> bool:
-    """Whether a model was trained to tell of any number of classes in an image, which do not exclude each other."""
-    return MULTI_LABEL in (model.pretrained_cfg.get('notes') or ())
+    """Whether a model was trained to tell of any number of its classes in an image, which do not exclude each other."""
+    return _note(model) in (model.pretrained_cfg.get('notes') or ())
+
+
+def kind_notes(model: Any, multi_label: bool) -> list[str] | None:
+    """The notes of a model of timm, of which one says whether it is `is_multi_label`; None: there are none."""
+    others = [note for note in model.pretrained_cfg.get('notes') or () if not note.startswith(MULTI_LABEL)]
+    return others + [_note(model)] * multi_label or None
+
+
+def _note(model: Any) -> str:
+    """With how many classes, so that it does not hold of others."""
+    return f'{MULTI_LABEL}, {model.num_classes} classes'
 
 
 def probabilities(model: Any, logits: Tensor, multi_label: bool | None = None) -> Tensor:

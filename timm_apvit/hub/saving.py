@@ -15,7 +15,7 @@ from timm.models.eva import Eva
 from torch import nn
 
 from timm_apvit.failures import one_line
-from timm_apvit.hub.labels import MULTI_LABEL, LabelNames, checked_label_names, is_multi_label
+from timm_apvit.hub.labels import MULTI_LABEL, LabelNames, checked_label_names, is_multi_label, kind_notes
 from timm_apvit.models.mixin import APViT, check_apvit
 from timm_apvit.patching.transforms import other_bounds
 from timm_apvit.pictures.images import image_config
@@ -106,15 +106,13 @@ def save_pretrained(
         config |= _labels_in(model.pretrained_cfg)
     elif label_names is not None:
         config['label_names'] = checked_label_names(label_names, model.num_classes)
-    kept = is_multi_label(model) and model.num_classes == model.pretrained_cfg.get('num_classes')
-    kind = config.pop('problem_type', MULTI_LABEL if kept else None)
+    inherited = (before or {}).get('problem_type') or (MULTI_LABEL if is_multi_label(model) else None)
+    kind = config.pop('problem_type', inherited)
     config |= {'problem_type': kind} if kind else {}
-    notes = [note for note in model.pretrained_cfg.get('notes') or () if note != MULTI_LABEL]
     model_args = reconstruction_args(model)
     # Of as many channels as the model has, or else timm warns that they are not.
     normalisation = {key: value for key, value in image_config(model).items() if key in ('mean', 'std')}
-    notes += [MULTI_LABEL] * (kind == MULTI_LABEL)
-    model.pretrained_cfg = {**model.pretrained_cfg, **normalisation, 'notes': notes or None}
+    model.pretrained_cfg = {**model.pretrained_cfg, **normalisation, 'notes': kind_notes(model, kind == MULTI_LABEL)}
     target.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target, prefix='.saving-') as unfinished:
         try:

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from timm_apvit.failures import one_line
+from timm_apvit.failures import explain, one_line
 from timm_apvit.models.glance import GlanceLocalizer, answer_of, glances
 from timm_apvit.models.mixin import APViT, check_apvit, in_eval_mode
 from timm_apvit.patching.coords import in_float32
@@ -82,20 +82,28 @@ def fit_evidence(
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps + 1)
     losses: list[Tensor] = []
-    # Autocast keeps the first rounding of the weights for as long as it lasts, and would not see them learn.
-    with torch.enable_grad(), in_float32(device):
-        for _ in range(epochs):
-            losses = []
-            for chosen in torch.split(torch.randperm(len(tokens)), BATCH_SIZE):
-                batch = tokens[chosen].to(device).float()
-                evidence = localizer.evidence_of(F.dropout(localizer.norm(batch), DROPOUT))
-                value = _finite(loss, evidence, targets[chosen].to(device))
-                optimizer.zero_grad()
-                value.backward()  # type: ignore[no-untyped-call]
-                optimizer.step()
-                schedule.step()
-                losses.append(value.detach())
-    optimizer.zero_grad()
+    before = [parameter.detach().clone() for parameter in parameters]
+    try:
+        # Autocast keeps the first rounding of the weights for as long as it lasts, and would not see them learn.
+        with torch.enable_grad(), in_float32(device):
+            for _ in range(epochs):
+                losses = []
+                for chosen in torch.split(torch.randperm(len(tokens)), BATCH_SIZE):
+                    batch = tokens[chosen].to(device).float()
+                    evidence = localizer.evidence_of(F.dropout(localizer.norm(batch), DROPOUT))
+                    value = _finite(loss, evidence, targets[chosen].to(device))
+                    optimizer.zero_grad()
+                    value.backward()  # type: ignore[no-untyped-call]
+                    optimizer.step()
+                    schedule.step()
+                    losses.append(value.detach())
+    except Exception:
+        with torch.no_grad():
+            for parameter, value in zip(parameters, before, strict=True):
+                parameter.copy_(value)
+        raise
+    finally:
+        optimizer.zero_grad()
     return float(torch.stack(losses).mean())
 
 
@@ -151,6 +159,8 @@ def _seen(
             pyramid = mip_pyramid(canvas, localizer.level((canvas.shape[2], canvas.shape[3])) + 1)
             tokens.append(localizer.tokens(pyramid)[0].to('cpu', torch.bfloat16))
             targets.append(wanted)
+            if not tokens[-1].isfinite().all():
+                raise ValueError('expected images and weights whose tokens are finite numbers, got others')
             if len(wanted) != len(images) or tokens[-1].shape[1] != tokens[0].shape[1]:
                 raise ValueError(
                     f'expected images of one size, each with its target, got {list(images.shape)} and {len(wanted)}'
@@ -159,10 +169,7 @@ def _seen(
                 break
     if not sum(map(len, tokens)):
         raise ValueError('expected batches of images, got none')
-    found = torch.cat(tokens)[:most]
-    if not found.isfinite().all():
-        raise ValueError('expected images and weights whose tokens are finite numbers, got others')
-    return found, torch.cat(targets)[:most]
+    return torch.cat(tokens)[:most], torch.cat(targets)[:most]
 
 
 def _finite(loss: Callable[[Tensor, Tensor], Tensor], evidence: Tensor, targets: Tensor) -> Tensor:
@@ -170,10 +177,12 @@ def _finite(loss: Callable[[Tensor, Tensor], Tensor], evidence: Tensor, targets:
     try:
         value = loss(evidence, targets)
     except (RuntimeError, IndexError) as error:
+        if explain(error) != one_line(error):  # out of memory
+            raise
         of = f'{list(evidence.shape)} and targets {list(targets.shape)}'
         raise ValueError(
             f'expected targets of the answers, got a loss of evidence {of} that fails: {one_line(error)}'
         ) from error
-    if value.dim() or not value.isfinite():
+    if not isinstance(value, Tensor) or value.dim() or not value.isfinite():
         raise ValueError(f'expected a loss that is a finite number, got {value!r:.80}')
     return value
