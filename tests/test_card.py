@@ -232,6 +232,6 @@ def test_snippet_runs(channels, several, tmp_path, monkeypatch):
     printed = []
     space = {'print': printed.append}
     exec(code, space)
-    assert printed[0] in ([['cat', 'dog']] if several else [['cat'], ['dog']])
+    assert printed[0] in ([['cat', 'dog']] if several else ['cat', 'dog'])
     assert space['model'].num_patches == 8
     assert space['geometry'].centres.shape == (1, 8, 2)

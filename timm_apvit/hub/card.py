@@ -200,10 +200,11 @@ def _usage(model: APViT, name: str, label_names: Sequence[str] | None) -> str:
     if model.num_classes:
         several = is_multi_label(model)
         lines.append(f'    probabilities = model(image).{"sigmoid()" if several else "softmax(-1)"}[0]')
-        best = '(probabilities > 0.5).nonzero().flatten().tolist()' if several else '[probabilities.argmax().item()]'
-        lines.append(
-            f"print([model.pretrained_cfg['label_names'][n] for n in {best}])" if label_names else f'print({best})'
-        )
+        best = '(probabilities > 0.5).nonzero().flatten().tolist()' if several else 'probabilities.argmax().item()'
+        if label_names:
+            names = "model.pretrained_cfg['label_names']"
+            best = f'[{names}[n] for n in {best}]' if several else f'{names}[{best}]'
+        lines.append(f'print({best})')
     else:
         lines.append('    features = model(image)')
     lines += [
