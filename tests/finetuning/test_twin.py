@@ -4,6 +4,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from tiny import run
 
 import timm_apvit
 from timm_apvit.finetuning.baseline import create_baseline, fixed_grid
@@ -62,3 +63,10 @@ def test_grid_of_a_prime_is_near_to_it_and_not_elongated(number: int) -> None:
     gh, gw = fixed_grid(make(img_size=(64, 128), num_patches=number))
     assert number <= gh * gw <= 1.2 * number
     assert 0.99 <= gw / gh <= 4.01
+
+
+def test_grey_fixed_grid_is_saved_without_a_word_of_its_channels(tmp_path, caplog):
+    assert run(tmp_path / 'run', '--twin', '--epochs', '1', '--model-kwargs', 'in_chans=1', 'depth=1') == 0
+    assert not [message for message in caplog.messages if 'match 1 channels' in message]
+    config = timm.create_model(f'local-dir:{tmp_path / "run/twin/best"}', pretrained=True).pretrained_cfg
+    assert len(config['mean']) == len(config['std']) == config['input_size'][0] == 1

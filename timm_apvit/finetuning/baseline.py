@@ -16,6 +16,7 @@ from timm_apvit.hub.labels import kind_notes
 from timm_apvit.models.adapting import vit_of
 from timm_apvit.models.mixin import APViT
 from timm_apvit.patching.deterministic import resize
+from timm_apvit.pictures.images import normalisation_of
 
 SOURCE_SIZE = 'source_size'  # key of config.json
 
@@ -53,7 +54,11 @@ def create_baseline(model: APViT) -> nn.Module:
     size = (grid[0] * patch_size[0], grid[1] * patch_size[1])
     vit: Any = vit_of(model)
     vit.set_input_size(img_size=size)
-    vit.pretrained_cfg = {**vit.pretrained_cfg, 'input_size': (vit.patch_embed.proj.in_channels, *size)}
+    vit.pretrained_cfg = {
+        **vit.pretrained_cfg,
+        **normalisation_of(model),
+        'input_size': (vit.patch_embed.proj.in_channels, *size),
+    }
     vit.source_size = tuple(model.patch_embed.img_size)
     return resizing(vit)
 

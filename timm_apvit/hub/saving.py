@@ -18,7 +18,7 @@ from timm_apvit.failures import one_line
 from timm_apvit.hub.labels import MULTI_LABEL, LabelNames, checked_label_names, is_multi_label, kind_notes
 from timm_apvit.models.mixin import APViT, check_apvit
 from timm_apvit.patching.transforms import other_bounds
-from timm_apvit.pictures.images import image_config
+from timm_apvit.pictures.images import normalisation_of
 
 SAVED = ('model.safetensors', 'config.json')
 
@@ -110,9 +110,11 @@ def save_pretrained(
     kind = config.pop('problem_type', inherited)
     config |= {'problem_type': kind} if kind else {}
     model_args = reconstruction_args(model)
-    # Of as many channels as the model has, or else timm warns that they are not.
-    normalisation = {key: value for key, value in image_config(model).items() if key in ('mean', 'std')}
-    model.pretrained_cfg = {**model.pretrained_cfg, **normalisation, 'notes': kind_notes(model, kind == MULTI_LABEL)}
+    model.pretrained_cfg = {
+        **model.pretrained_cfg,
+        **normalisation_of(model),
+        'notes': kind_notes(model, kind == MULTI_LABEL),
+    }
     target.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target, prefix='.saving-') as unfinished:
         try:

@@ -39,6 +39,11 @@ def image_config(model: Any) -> dict[str, Any]:
     return dict(resolve_data_config({'input_size': (in_chans, *img_size), **fitting}, model=model))
 
 
+def normalisation_of(model: APViT) -> dict[str, Any]:
+    """Mean and standard deviation for a configuration, of as many channels as the model has: else timm warns."""
+    return {key: value for key, value in image_config(model).items() if key in ('mean', 'std')}
+
+
 def per_channel(values: Sequence[float], in_chans: int) -> tuple[float, ...]:
     """A value for each of C channels: those given, or their mean if they are of as many others."""
     return tuple(values) if len(values) == in_chans else (sum(values) / len(values),) * in_chans
