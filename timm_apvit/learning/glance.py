@@ -1,6 +1,7 @@
 """A head start for ``localizer='glance'``: what reads the ViT's tokens is fitted before the ViT itself learns."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -9,7 +10,7 @@ from torch import Tensor
 from timm_apvit.failures import explain, one_line
 from timm_apvit.models.glance import GlanceLocalizer, answer_of, glances
 from timm_apvit.models.mixin import APViT, check_apvit, in_eval_mode
-from timm_apvit.patching.coords import in_float32
+from timm_apvit.patching.coords import check_count, in_float32
 from timm_apvit.patching.sampling import mip_pyramid
 
 # Share of the tokens' features that are dropped: it is fitted on few images.
@@ -67,9 +68,8 @@ def fit_evidence(
 ) -> float:
     """As `fit_glance`, for a loss of evidence ``(B, places, classes)``."""
     localizer = glance_of(model)
-    for name, count in (('epochs', epochs), ('most_images', most_images)):
-        if not isinstance(count, int) or count < 1:
-            raise ValueError(f'expected {name} to be an integer >= 1, got {count!r}')
+    check_count('epochs', epochs)
+    check_count('most_images', most_images)
     if next(localizer.parameters()).dtype == torch.float16:
         raise ValueError('expected parameters in float32 or bfloat16, got float16, in which fitting overflows')
     tokens, targets = _seen(model, localizer, batches, most_images)
@@ -82,28 +82,20 @@ def fit_evidence(
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps + 1)
     losses: list[Tensor] = []
-    before = [parameter.detach().clone() for parameter in parameters]
-    try:
-        # Autocast keeps the first rounding of the weights for as long as it lasts, and would not see them learn.
-        with torch.enable_grad(), in_float32(device):
-            for _ in range(epochs):
-                losses = []
-                for chosen in torch.split(torch.randperm(len(tokens)), BATCH_SIZE):
-                    batch = tokens[chosen].to(device).float()
-                    evidence = localizer.evidence_of(F.dropout(localizer.norm(batch), DROPOUT))
-                    value = _finite(loss, evidence, targets[chosen].to(device))
-                    optimizer.zero_grad()
-                    value.backward()  # type: ignore[no-untyped-call]
-                    optimizer.step()
-                    schedule.step()
-                    losses.append(value.detach())
-    except Exception:
-        with torch.no_grad():
-            for parameter, value in zip(parameters, before, strict=True):
-                parameter.copy_(value)
-        raise
-    finally:
-        optimizer.zero_grad()
+    # Autocast keeps the first rounding of the weights for as long as it lasts, and would not see them learn.
+    with _undone_by_failure(parameters), torch.enable_grad(), in_float32(device):
+        for _ in range(epochs):
+            losses = []
+            for chosen in torch.split(torch.randperm(len(tokens)), BATCH_SIZE):
+                batch = tokens[chosen].to(device).float()
+                evidence = localizer.evidence_of(F.dropout(localizer.norm(batch), DROPOUT))
+                value = _finite(loss, evidence, targets[chosen].to(device))
+                optimizer.zero_grad()
+                value.backward()  # type: ignore[no-untyped-call]
+                optimizer.step()
+                schedule.step()
+                losses.append(value.detach())
+    optimizer.zero_grad()
     return float(torch.stack(losses).mean())
 
 
@@ -170,6 +162,20 @@ def _seen(
     if not sum(map(len, tokens)):
         raise ValueError('expected batches of images, got none')
     return torch.cat(tokens)[:most], torch.cat(targets)[:most]
+
+
+@contextmanager
+def _undone_by_failure(parameters: Sequence[Tensor]) -> Iterator[None]:
+    """Give parameters their values back, and no gradients, if what learns them fails."""
+    before = [parameter.detach().clone() for parameter in parameters]
+    try:
+        yield
+    except Exception:
+        with torch.no_grad():
+            for parameter, value in zip(parameters, before, strict=True):
+                parameter.copy_(value)
+                parameter.grad = None
+        raise
 
 
 def _finite(loss: Callable[[Tensor, Tensor], Tensor], evidence: Tensor, targets: Tensor) -> Tensor:
