@@ -40,6 +40,13 @@ def test_a_view_has_a_picture_the_likeliest_classes_and_both_times(viewer):
     assert viewer.load('test_apvit', None).num_patches == 100  # as before
 
 
+def test_two_classes_of_one_name_are_told_apart(viewer):
+    model = viewer.load('test_apvit', None)
+    logits = torch.zeros(1, 1000)
+    logits[0, 134], logits[0, 517] = 3.0, 2.0  # a bird and a machine
+    assert [name for name in page.likeliest(model, logits) if 'crane' in name] == ['crane (134)', 'crane (517)']
+
+
 @pytest.mark.parametrize('transform', [OWN, 'tps'])
 def test_pictures_differ_by_transform_and_number_and_colour(viewer, transform):
     first, fewer, attended = (

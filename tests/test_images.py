@@ -96,7 +96,6 @@ def test_shape_of_grey_models_and_of_tiny_and_huge_images(tmp_path: Path) -> Non
             assert image.shape == expected
             assert image[0].mean() == pytest.approx(1.0 if channels == 3 else 0.2990, abs=0.01)
     assert read_image(tmp_path / 'x.png', longest=48).shape == (3, 32, 48)
-    assert read_image(torch.rand(3, 6, 4), longest=12).shape == (3, 12, 8)
 
 
 def test_arrays_pillow_images_and_animations_are_read(tmp_path: Path) -> None:

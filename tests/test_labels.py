@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from conftest import create
 
+from timm_apvit.export import image_facts
 from timm_apvit.hub.labels import checked_label_names, class_names, saved_label_names
 
 NAMES = ['owl', 'tit', 'emu']
@@ -79,4 +80,7 @@ def test_classes_are_those_of_imagenet_or_numbers_where_nothing_names_them():
     model.reset_classifier(3)
     assert class_names(model) == ['0', '1', '2']
     model.pretrained_cfg['label_names'] = NAMES
-    assert class_names(model) == NAMES
+    assert class_names(model) == image_facts(model, (160, 160))['label_names'] == NAMES
+    model.reset_classifier(2)  # of other classes than these
+    assert class_names(model) == ['0', '1']
+    assert 'label_names' not in image_facts(model, (160, 160))

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from timm_apvit.failures import one_line, require
 from timm_apvit.files import AnyPath, check_writable, replacing
+from timm_apvit.hub.labels import own_label_names
 from timm_apvit.models.mixin import APViT, check_apvit
 from timm_apvit.pictures.images import image_config
 
@@ -167,8 +168,8 @@ def image_facts(model: APViT, size: tuple[int, int]) -> dict[str, Any]:
     """What the file says of the images that it takes, and of what it gives."""
     config = image_config(model)
     facts = {'img_size': size, 'mean': config['mean'], 'std': config['std'], 'interpolation': config['interpolation']}
-    names = model.pretrained_cfg.get('label_names')
-    return {**facts, 'crop_pct': config['crop_pct'], **({} if names is None else {'label_names': list(names)})}
+    names = own_label_names(model)
+    return {**facts, 'crop_pct': config['crop_pct'], **({} if names is None else {'label_names': names})}
 
 
 def _read(path: Path, format: str) -> Callable[[Tensor], Tensor]:

@@ -117,3 +117,12 @@ def test_rejects_bad_input_before_any_work(
     assert re.search(message, captured.err) if '.*' in message else message in captured.err
     assert captured.out == ''
     assert {path: path.read_bytes() for path in unsound.rglob('*') if path.is_file()} == before
+
+
+@pytest.mark.parametrize('command', [['finetune'], ['evaluate', 'test_apvit']])
+def test_rejects_data_of_an_empty_name_which_would_be_the_current_folder(
+    command: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main([*command, ''])
+    assert "argument DATA: expected a string that is not empty, got ''" in capsys.readouterr().err

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import timm_apvit
 from timm_apvit.finetuning.models import start_model
+from timm_apvit.finetuning.preparation import resolve_settings
 from timm_apvit.finetuning.settings import Settings
 from timm_apvit.finetuning.teachers import create_teacher
 from timm_apvit.pictures.images import image_config
@@ -67,7 +68,8 @@ def test_a_checkpoint_and_a_folder_teach(files: Path) -> None:
     made = distillation(files, teacher='{}/10.safetensors', attention_weight=0.1, distill_temperature=2.0)
     assert made[1] == (0.5, 2.0, 0.0, 0.1)
     assert made[0](torch.randn(1, 3, 32, 32), attention=True).grid == (2, 2)
-    narrow = distillation(files, teacher='local-dir:{}/narrow')
+    settled, _ = resolve_settings({'pretrained': True, 'teacher': str(files / 'narrow')})
+    narrow = distillation(files, teacher=settled.teacher)
     assert narrow[1] == (0.5, 1.0, 0.0, 0.0)
     assert narrow[0].shift.flatten().tolist() == pytest.approx([0.4 / 0.5, 0.3 / 0.5, 0.2 / 0.5])
 

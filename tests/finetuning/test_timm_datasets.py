@@ -108,7 +108,7 @@ def test_missing_package_is_named(reader: str, module: str, monkeypatch: pytest.
             {'data': 'photographs', 'image_key': 'x', 'data_dir': '.'},
             'that --data-dir, --image-key can be given for, got a folder',
         ),
-        ({'data': 'ImageFolder'}, 'expected --data-dir with ImageFolder, got none'),
+        ({'data': 's3://birds', 'data_dir': '.'}, 'that --data-dir can be given for, got a folder'),
         ({'data': 'torch/mnist'}, r'expected --data-dir, the folder that holds the files of torch/mnist'),
         ({'data': 'torch/mnist', 'data_dir': '.', 'train_samples': 3}, 'that --train-samples can be given for'),
         ({'data': 'torch/nothing', 'data_dir': '.'}, "cannot read split 'train' of torch/nothing"),

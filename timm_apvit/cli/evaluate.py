@@ -27,8 +27,8 @@ from timm_apvit.finetuning.samples import Splits
 from timm_apvit.finetuning.settings import DATA_HELP, OF_DATA, Settings
 from timm_apvit.finetuning.sources import is_path, load_splits
 from timm_apvit.finetuning.streams import reader_of
-from timm_apvit.finetuning.values import Budget, count, format_budget, parse_num_patches
-from timm_apvit.hub.labels import is_multi_label
+from timm_apvit.finetuning.values import Budget, count, format_budget, parse_num_patches, text
+from timm_apvit.hub.labels import is_multi_label, own_label_names
 from timm_apvit.models.mixin import APViT
 from timm_apvit.pictures.figures import check_picture, load_drawing
 from timm_apvit.pictures.images import image_config
@@ -57,7 +57,7 @@ class Evaluated(NamedTuple):
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of the command to a parser."""
     parser.add_argument('model', metavar='MODEL', help=f'{MODEL_HELP}, or those of --checkpoint; ViTs of timm too')
-    parser.add_argument('data', nargs='?', metavar='DATA', help=f"{DATA_HELP}, or the run's own")
+    parser.add_argument('data', type=text, nargs='?', metavar='DATA', help=f"{DATA_HELP}, or the run's own")
     group = parser.add_argument_group('evaluation')
     add = group.add_argument
     add('--beside', metavar='MODEL', action='append', help='another model, in rows beside; may be repeated')
@@ -131,7 +131,7 @@ def load_evaluated(given: dict[str, Any], other: str | None = None) -> Evaluated
     model, size = with_size(model, name, given.get('img_size'))
     if size is not None:
         data_config['input_size'] = (data_config['input_size'][0], *((size, size) if isinstance(size, int) else size))
-    workers, own = given.get('workers', 0), model.pretrained_cfg.get('label_names')
+    workers, own = given.get('workers', 0), own_label_names(model)
     splits = load_splits(source, data_config, max(1, workers), True, None if own is None else tuple(own))
     check_classes(model, own, splits)
     for key, value in model.state_dict().items():

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, NoReturn
 
 from timm_apvit import __version__
 from timm_apvit.cli import demo, evaluate, export, finetune, predict, push, run, show
-from timm_apvit.cli.completion import actions_of, add_completion_argument
+from timm_apvit.cli.completion import add_completion_argument
 from timm_apvit.failures import FailedError, explain
 
 PROGRAM = 'timm-apvit'
@@ -116,8 +116,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = vars(parsed)
     command, parser, debug = given.pop('command'), given.pop('parser'), given.pop('debug', False)
     if unknown:
-        known = [option for action in actions_of(parser) for option in action.option_strings]
-        near = [name for word in unknown[:1] for name in get_close_matches(word.partition('=')[0], known, n=1)]
+        near = get_close_matches(unknown[0].partition('=')[0], parser._option_string_actions, n=1)
         parser.error(f'unrecognized arguments: {" ".join(unknown)}' + f'; did you mean {" ".join(near)}?' * bool(near))
     given.pop('import', None)
     work: Callable[[], Any] | None = None

@@ -57,9 +57,9 @@ def add_settings(parser: argparse.ArgumentParser, names: list[str] | None = None
         if kind is boolean:
             options['action'] = 'store_true' if name.startswith('no_') else argparse.BooleanOptionalAction
         elif kind is mapping:
-            options.update(type=parse_key_value, action=_KeyValues, nargs='+')
+            options.update(type=parse_key_value, action='extend', nargs='+')
         elif name == 'data':
-            options.update(nargs='?', metavar='DATA')
+            options.update(type=kind, nargs='?', metavar='DATA')
         else:
             options['type'] = kind
         groups[group].add_argument(name if name == 'data' else flag(name), **options)
@@ -72,13 +72,6 @@ def add_settings(parser: argparse.ArgumentParser, names: list[str] | None = None
         )
         for name, instead in REMOVED.items():
             parser.add_argument(flag(name), nargs='?', action=_Removed, const=instead, help=argparse.SUPPRESS)
-
-
-class _KeyValues(argparse.Action):
-    """Collect key=value pairs into one dictionary."""
-
-    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
-        setattr(namespace, self.dest, {**getattr(namespace, self.dest, {}), **dict(values)})
 
 
 class _Removed(argparse.Action):

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from timm_apvit.cli.options import add_model, add_shared, load
 from timm_apvit.files import check_writable, write_atomically
-from timm_apvit.finetuning.checkpoints import snapshots
+from timm_apvit.finetuning.checkpoints import VERSIONS
 from timm_apvit.finetuning.config import read_mapping
 from timm_apvit.finetuning.image_files import images_below
 from timm_apvit.finetuning.models import load_model
@@ -148,11 +148,12 @@ def draw(
 
 def kept_snapshots(name: str) -> dict[str, Path]:
     """Models that a run kept of its training, at most `MOST_FRAMES`, evenly apart; none where it kept no others."""
-    found, config = list(snapshots(Path(name)).items()), Path(name) / CONFIG_FILE
+    run = Path(name.removeprefix('local-dir:'))
+    found = [path.parent for path in sorted((run / VERSIONS).glob('[!.]*/config.json'))]
     frames = min(len(found), MOST_FRAMES)
-    if frames < 2 or not read_mapping(config).get('snapshots'):
+    if frames < 2 or not read_mapping(run / CONFIG_FILE).get('snapshots'):
         return {}
-    return dict(found[round(n * (len(found) - 1) / (frames - 1))] for n in range(frames))
+    return {path.name: path for path in (found[round(n * (len(found) - 1) / (frames - 1))] for n in range(frames))}
 
 
 def _parse_panels(text: str) -> tuple[str, ...]:

@@ -111,7 +111,9 @@ class Viewer:
 def likeliest(model: APViT, logits: Tensor) -> dict[str, float]:
     """The likeliest classes by their names, and their probabilities."""
     names, found = class_names(model), probabilities(model, logits)[0].topk(min(BEST, model.num_classes))
-    return {names[n]: value for n, value in zip(found.indices.tolist(), found.values.tolist(), strict=True)}
+    likely = zip(found.indices.tolist(), found.values.tolist(), strict=True)
+    # Two of ImageNet's classes are cranes.
+    return {names[n] + f' ({n})' * (names.count(names[n]) > 1): value for n, value in likely}
 
 
 def page(viewer: Viewer, model: str) -> Any:

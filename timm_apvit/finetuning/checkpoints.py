@@ -61,7 +61,8 @@ class CheckpointStore:
             unfinished.mkdir()
             export(unfinished)
             torch.save(state, unfinished / STATE_FILE)
-            _flush_tree(unfinished)
+            for path in (*unfinished.iterdir(), unfinished):
+                flush(path)
         # A full disk is an OSError to Python, a RuntimeError to torch and an error of its own to safetensors.
         except Exception as error:
             free = shutil.disk_usage(self.directory).free / 2**20
@@ -121,12 +122,6 @@ class CheckpointStore:
         flush(self.directory)
 
 
-def snapshots(directory: Path) -> dict[str, Path]:
-    """The models of a run's versions: the names of these, such as ``'epoch-0003'``, in order, and their folders."""
-    found = sorted((directory / VERSIONS).glob('[!.]*/config.json'))
-    return {path.parent.name: path.parent for path in found}
-
-
 def lock(directory: Path) -> Any:
     """Keep other processes from training in a directory until what is returned is left as a context, or we end."""
     try:
@@ -180,13 +175,6 @@ def check_vacant(directory: Path) -> None:
     above = next(path for path in directory.absolute().parents if path.exists())
     if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
         raise NotADirectoryError(f'expected an output folder that can be made, got {str(directory)!r}')
-
-
-def _flush_tree(directory: Path) -> None:
-    """Flush all files of a directory to disk, then the directory."""
-    for path in directory.iterdir():
-        flush(path)
-    flush(directory)
 
 
 def _remove(path: Path) -> None:

@@ -103,7 +103,8 @@ def resumed_settings(directory: Path, given: dict[str, Any]) -> Settings:
 
 def settings_of_run(name: str) -> Settings | None:
     """Settings of the run that a model's name stands for; None: it is none."""
-    return resumed_settings(Path(name), {}) if (Path(name) / CONFIG_FILE).is_file() else None
+    directory = Path(name.removeprefix('local-dir:'))
+    return resumed_settings(directory, {}) if (directory / CONFIG_FILE).is_file() else None
 
 
 def _agree(saved: Any, given: Any) -> bool:

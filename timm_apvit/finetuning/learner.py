@@ -59,9 +59,14 @@ class Learner:
             for block in getattr(model, 'blocks'):  # noqa: B009  of every ViT
                 # All share one compiled code, which knows nothing of budgets and hooks.
                 block.compile()
-        optimizer = create_optimizer_v2(
-            model, opt=settings.opt, lr=settings.lr, weight_decay=settings.weight_decay, param_group_fn=self._groups
+        groups = param_groups(
+            model,
+            weight_decay=settings.weight_decay,
+            layer_decay=float(settings.layer_decay or 1),
+            adaptive_lr_scale=settings.localizer_lr_scale,
+            backbone_lr_scale=settings.backbone_lr_scale,
         )
+        optimizer = create_optimizer_v2(groups, opt=settings.opt, lr=settings.lr, weight_decay=settings.weight_decay)
         self.scheduler, _ = create_scheduler_v2(
             optimizer,
             sched=settings.sched,
@@ -74,16 +79,6 @@ class Learner:
         )
         self.optimizer = accelerator.prepare_optimizer(optimizer)
         self.network: nn.Module | None = None
-
-    def _groups(self, model: nn.Module) -> list[dict[str, Any]]:
-        settings = self.settings
-        return param_groups(
-            model,
-            weight_decay=settings.weight_decay,
-            layer_decay=float(settings.layer_decay or 1),
-            adaptive_lr_scale=settings.localizer_lr_scale,
-            backbone_lr_scale=settings.backbone_lr_scale,
-        )
 
     def begin_epoch(self, epoch: int) -> None:
         """Set the model up for an epoch, from 0."""

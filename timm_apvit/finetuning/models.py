@@ -1,6 +1,7 @@
 """Models to fine-tune: created by name, with weights from where they are."""
 
 import re
+from contextlib import suppress
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -108,8 +109,10 @@ def create_model(
     if num_classes is not None:
         kwargs['num_classes'] = num_classes
     check_registered(name, '*apvit*')
-    twin = None if any_vit else _twin_of(name)
-    if twin is not None:
+    twin = None
+    with suppress(ValueError):  # it is none of timm's ViTs, or has no twin
+        twin = twin_name(name)
+    if twin is not None and not any_vit:
         raise ValueError(f'expected an APViT, got {name!r}, which is a ViT; its twin is {twin}')
     overlay: dict[str, Any] = {} if known_classes is None else {'num_classes': known_classes}
     if weights and settings.checkpoint is not None:
@@ -126,14 +129,6 @@ def create_model(
         raise ValueError(f'expected an APViT, got {name!r}, which is a {type(model).__name__}')
     created: APViT = model
     return created
-
-
-def _twin_of(name: str) -> str | None:
-    """The APViT that a ViT of timm has; None: it has none, or is no ViT."""
-    try:
-        return twin_name(name)
-    except ValueError:
-        return None
 
 
 def with_images(model: APViT, settings: Settings) -> APViT:

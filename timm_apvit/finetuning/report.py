@@ -13,6 +13,7 @@ from timm_apvit.finetuning.values import Budget, count, format_budget
 from timm_apvit.models.mixin import APViT
 from timm_apvit.pictures.figures import load_drawing
 from timm_apvit.pictures.plots import plot_patches
+from timm_apvit.pictures.views import statistics_of
 from timm_apvit.results import METRICS, aligned, metric_in
 
 Row = dict[str, float]
@@ -38,7 +39,7 @@ def best_row(rows: list[Row], monitor: str | None) -> Row:
 
 
 @torch.inference_mode()
-def save_picture(model: APViT, splits: Splits, data_config: dict[str, Any], path: Path) -> None:
+def save_picture(model: APViT, splits: Splits, path: Path) -> None:
     """Draw where the model looks in the test images."""
     images, labels = splits.test.some(PICTURED)
     logits, names = model.eval()(images), splits.label_names
@@ -47,7 +48,7 @@ def save_picture(model: APViT, splits: Splits, data_config: dict[str, Any], path
     else:
         read = [[[names[n]] for n in each.tolist()] for each in (labels, logits.argmax(1))]
     titles = [f'{", ".join(own)}, read as {", ".join(found)}' for own, found in zip(*read, strict=True)]
-    mean, std = (torch.tensor(data_config[key]).view(-1, 1, 1) for key in ('mean', 'std'))
+    mean, std = statistics_of(model)
     pixels = (images * std + mean).clamp(0, 1)
     figure = plot_patches(model, pixels, panels=('image', 'outlines'), titles=titles, images_per_row=2)
     write_atomically(path, load_drawing().file_bytes(figure))

@@ -32,7 +32,7 @@ from timm_apvit.finetuning.preparation import check_batches, check_budgets, reso
 from timm_apvit.finetuning.processes import create_accelerator, in_all_processes, workers_of
 from timm_apvit.finetuning.report import FIXED, SUMMARY, Row, display_name, epoch_line, save_picture, summarise, table
 from timm_apvit.finetuning.samples import BatchSplit, Splits
-from timm_apvit.finetuning.settings import CONFIG_FILE, Settings
+from timm_apvit.finetuning.settings import CONFIG_FILE, SELF, Settings
 from timm_apvit.finetuning.signals import Interrupted
 from timm_apvit.finetuning.sources import load_splits
 from timm_apvit.finetuning.values import count, format_budget
@@ -47,7 +47,7 @@ from timm_apvit.models.mixin import APViT
 from timm_apvit.pictures.images import image_config
 
 LESS_MEMORY = (
-    'raise --grad-accum or add --grad-checkpointing, which --resume takes too (the same result in less memory), or '
+    'raise --grad-accum or add --grad-checkpointing, of a run that is resumed too (the same result in less memory), or '
     'begin another run with a lower --batch-size or --num-patches, or --amp bfloat16'
 )
 
@@ -60,7 +60,6 @@ class Run(NamedTuple):
         directory: of its checkpoints.
         accelerator: accelerate's own.
         splits: training and test data.
-        data_config: of the images that the model takes.
         model: to train.
         baseline: the same ViT on a fixed grid, to train too; None: none.
         teacher: to learn from besides the labels, and the weights of its terms; None: none.
@@ -72,7 +71,6 @@ class Run(NamedTuple):
     directory: Path
     accelerator: Any
     splits: Splits
-    data_config: dict[str, Any]
     model: APViT
     baseline: nn.Module | None
     teacher: Any
@@ -99,7 +97,7 @@ def load_run(settings: Settings, directory: Path, accelerator: Any) -> Run:
     """Load data and model; write nothing."""
     from timm_apvit.finetuning.loop import check_state, load_state, needs_glance_fit
     from timm_apvit.finetuning.objectives import check_labels
-    from timm_apvit.finetuning.teachers import SELF, check_teacher, create_teacher
+    from timm_apvit.finetuning.teachers import check_teacher, create_teacher
 
     if settings.push_to_hub is not None and accelerator.is_main_process:
         check_access(settings.push_to_hub)
@@ -132,7 +130,7 @@ def load_run(settings: Settings, directory: Path, accelerator: Any) -> Run:
     if glances(model):
         fits = states[0] is None and needs_glance_fit(model, settings)
         notes += (glance_note(model, settings.glance_epochs if fits else 0),)
-    return Run(settings, directory, accelerator, splits, data_config, model, baseline, teacher, notes)
+    return Run(settings, directory, accelerator, splits, model, baseline, teacher, notes)
 
 
 def glance_note(model: APViT, epochs: int | None) -> str:
@@ -199,7 +197,7 @@ def train_all(run: Run) -> None:
         say('the patches have not moved from their grid: train longer, or raise --localizer-lr-scale')
     best = f'local-dir:{run.directory / BEST}'
     picture = run.directory / PICTURE
-    save_picture(timm.create_model(best, pretrained=True), splits, run.data_config, picture)
+    save_picture(timm.create_model(best, pretrained=True), splits, picture)
     say(f'picture     {picture}', f"best model  timm.create_model('{best}', pretrained=True)")
 
 

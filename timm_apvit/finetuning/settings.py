@@ -15,6 +15,7 @@ from timm_apvit.finetuning.values import (
 )
 
 CONFIG_FILE = 'config.yaml'
+SELF = 'self'  # the teacher that is the model as it starts
 COUNT, FROM_0 = number(int, 1), number(int, 0)
 POSITIVE, AT_LEAST_0, SHARE = number(float, 0, open_low=True), number(float, 0), number(float, 0, 1)
 # What --resume takes anew each time: how fast a run computes and where it goes, not what it is.
@@ -180,8 +181,9 @@ class Settings:
         'epochs over which --jitter falls to 0 (default: it stays, so that it regularises to the end)', metavar='E')
 
     teacher: str | None = option(DISTILLATION, text,
-        'also learn from this model: a name known to timm, local-dir:..., a checkpoint of the same ViT or APViT, or '
-        'self, the starting weights on their full grid (default: none)', metavar='NAME|FILE|self')
+        'also learn from this model: a name known to timm, the folder of a run or of a saved model, a checkpoint of '
+        'the same ViT or APViT, or self, the starting weights on their full grid (default: none)',
+        metavar='NAME|DIR|FILE|self')
     distill_weight: float | None = option(DISTILLATION, SHARE,
         "share of the teacher's logits in the loss, the labels have the rest (default: 0.5; 0 if the teacher's "
         'classifier was not trained on these classes)', metavar='W')

@@ -14,7 +14,6 @@ from timm_apvit.finetuning.streams import READERS, STREAMS, Stream, create_timm_
 from timm_apvit.finetuning.values import flag
 from timm_apvit.pictures.images import eight_bit
 
-FOLDER_NAMES = ('imagefolder', 'folder')
 # Names that timm has for some of ours.
 THEIRS = {'aa': 'auto_augment', 'reprob': 're_prob', 'train_interpolation': 'interpolation'}
 EMBEDDED_SAMPLES, EMBEDDED_TEST_SAMPLES = 8_000, 1_000
@@ -26,7 +25,7 @@ OF_TIMM_DATASETS = OF_STREAMS | KEYS | {'num_classes', 'download', 'train_split'
 
 def is_path(data: str) -> bool:
     """Whether DATA is the path of a folder, rather than the name of a dataset or an address."""
-    return reader_of(data) is None and data.lower() not in FOLDER_NAMES and '://' not in data
+    return reader_of(data) is None and '://' not in data
 
 
 def load_splits(
@@ -60,7 +59,7 @@ def load_splits(
         if testing and numbers is None and label_names is not None:
             numbers = {name: number for number, name in enumerate(label_names)}
         find: Any = find_test if testing else find_splits
-        found = find(_folder(settings), numbers, workers, settings.multi_label)
+        found = find(Path(settings.data), numbers, workers, settings.multi_label)
         files: list[ImageFiles] = [found] if testing else list(found)
         for each, transform in zip(files, transforms, strict=True):
             each.in_chans, each.transform = in_chans, transform
@@ -85,7 +84,7 @@ def check_data(settings: Settings) -> None:
     if settings.data is None:
         needless, what = given - IMAGES, 'embedded digits, made as they are'
     elif kind is None:
-        needless, what = given & (OF_TIMM_DATASETS | ({'data_dir'} if is_path(settings.data) else set())), 'a folder'
+        needless, what = given & (OF_TIMM_DATASETS | {'data_dir'}), 'a folder'
     else:
         of_others = (OF_STREAMS if kind not in STREAMS else set()) | (KEYS if kind == 'torch' else set())
         needless, what = given & (of_others | {'multi_label'}), settings.data
@@ -174,15 +173,6 @@ def _label_names(dataset: Any, settings: Settings) -> tuple[str, ...]:
             'give --num-classes or --class-map'
         )
     return names
-
-
-def _folder(settings: Settings) -> Path:
-    """The folder that DATA or, for ``ImageFolder``, --data-dir names."""
-    if is_path(str(settings.data)):
-        return Path(str(settings.data))
-    if settings.data_dir is None:
-        raise ValueError(f'expected --data-dir with {settings.data}, got none')
-    return Path(settings.data_dir)
 
 
 def _flags(names: set[str]) -> str:

@@ -12,11 +12,9 @@ from torch import nn
 
 from timm_apvit.failures import one_line
 from timm_apvit.finetuning.models import Start, check_registered, classes_of_checkpoint, create_model
-from timm_apvit.finetuning.settings import Settings
+from timm_apvit.finetuning.settings import SELF, Settings
 from timm_apvit.learning.distillation import DistillationWeights, Teacher, check_attends, outputs_of
 from timm_apvit.models.mixin import APViT
-
-SELF = 'self'
 
 
 def create_teacher(

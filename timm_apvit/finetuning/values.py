@@ -36,9 +36,9 @@ def number(kind: type, low: float, high: float = math.inf, open_low: bool = Fals
 
 
 def text(value: Any) -> str:
-    """A string."""
-    if not isinstance(value, str):
-        raise argparse.ArgumentTypeError(f'expected a string, got {value!r}')
+    """A string, of at least a character: a variable of the shell that is not set gives none."""
+    if not isinstance(value, str) or not value:
+        raise argparse.ArgumentTypeError(f'expected a string that is not empty, got {value!r}')
     return value
 
 

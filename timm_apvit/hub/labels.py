@@ -21,13 +21,19 @@ IMAGENET = 1000
 def class_names(model: Any) -> list[str]:
     """The names of a model's classes, in order: as it was saved with, ImageNet's for timm's weights, or numbers."""
     config = model.pretrained_cfg
-    if names := config.get('label_names'):
-        return [str(name) for name in names]
+    if names := own_label_names(model):
+        return names
     of_timm = str(config.get('hf_hub_id') or '').startswith('timm/') and not config.get('file')
     if model.num_classes == IMAGENET and of_timm:
         info = ImageNetInfo('imagenet-1k')
         return [info.index_to_description(n) for n in range(IMAGENET)]
     return [str(n) for n in range(model.num_classes)]
+
+
+def own_label_names(model: Any) -> list[str] | None:
+    """The names that a model was saved with; None: it has none, or other classes since then."""
+    names = model.pretrained_cfg.get('label_names') or ()
+    return [str(name) for name in names] if len(names) == model.num_classes > 0 else None
 
 
 def is_multi_label(model: Any) -> bool:

@@ -15,7 +15,14 @@ from timm.models.eva import Eva
 from torch import nn
 
 from timm_apvit.failures import one_line
-from timm_apvit.hub.labels import MULTI_LABEL, LabelNames, checked_label_names, is_multi_label, kind_notes
+from timm_apvit.hub.labels import (
+    MULTI_LABEL,
+    LabelNames,
+    checked_label_names,
+    is_multi_label,
+    kind_notes,
+    own_label_names,
+)
 from timm_apvit.models.mixin import APViT, check_apvit
 from timm_apvit.patching.transforms import other_bounds
 from timm_apvit.pictures.images import normalisation_of
@@ -97,12 +104,14 @@ def save_pretrained(
         ValueError: not an APViT, without weights, one that no registered entrypoint rebuilds from arguments that
             config.json can hold, or labels of other classes.
     """
-    _check_model(model)
+    check_apvit(model)
+    if any(tensor.is_meta for tensor in model.state_dict().values()):
+        raise ValueError('expected weights, got a model on the meta device')
     target = Path(directory)
     if (before := _loaded_by_transformers(model, target)) is not None:
         model.pretrained_cfg = {**model.pretrained_cfg, **before['pretrained_cfg'], **_labels_in(before)}
     config = {**({'base_model': model.base_model} if model.base_model else {}), **(model_config or {})}
-    if label_names is None and len(model.pretrained_cfg.get('label_names') or ()) == model.num_classes > 0:
+    if label_names is None and own_label_names(model):
         config |= _labels_in(model.pretrained_cfg)
     elif label_names is not None:
         config['label_names'] = checked_label_names(label_names, model.num_classes)
@@ -140,13 +149,6 @@ def _loaded_by_transformers(model: APViT, folder: Path) -> dict[str, Any] | None
 def _labels_in(config: dict[str, Any]) -> dict[str, Any]:
     """The names of classes that a configuration has, and what it says of them."""
     return {key: config[key] for key in ('label_names', 'label_descriptions') if config.get(key)}
-
-
-def _check_model(model: Any) -> None:
-    """Raise ValueError unless a model can be saved."""
-    check_apvit(model)
-    if any(tensor.is_meta for tensor in model.state_dict().values()):
-        raise ValueError('expected weights, got a model on the meta device')
 
 
 def _mend_config(path: Path, in_chans: int, img_size: tuple[int, int]) -> None:

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from timm_apvit.files import AnyPath
 from timm_apvit.models.mixin import APViT
-from timm_apvit.patching.deterministic import resize
 
 AnyImage = Tensor | np.ndarray[Any, Any] | Image.Image | AnyPath
 
@@ -60,15 +59,15 @@ def read_image(source: AnyImage, in_chans: int = 3, longest: int | None = None) 
         source: a path; an image of Pillow; an array ``(H, W)`` or ``(H, W, 3 or 4)`` of bytes; or a floating-point
             tensor ``(C, H, W)`` of values in [0, 1], which is returned as it is.
         in_chans: C, 1 or 3, but for tensors.
-        longest: side to which the longer one is resized, larger or smaller; None: images that are larger than 1024
-            are resized to that, but no tensor is.
+        longest: side to which the longer one is resized, larger or smaller, of all but tensors; None: 1024 if it is
+            larger.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: it is not an image, is damaged, or does not have C channels.
     """
     if isinstance(source, Tensor):
-        return _resized(_checked(source, in_chans), longest)
+        return _checked(source, in_chans)
     if in_chans not in (1, 3):
         raise ValueError(f'expected a tensor of {in_chans} channels, as the model takes, got an image of 1 or 3')
     if isinstance(source, np.ndarray):
@@ -188,11 +187,3 @@ def _checked(image: Tensor, in_chans: int) -> Tensor:
             f'expected an image of values in [0, 1], before they are normalised, got some in [{low:g}, {high:g}]'
         )
     return image
-
-
-def _resized(image: Tensor, longest: int | None) -> Tensor:
-    """An image ``(C, H, W)`` whose longer side is ``longest``, if that is given."""
-    if longest is None or longest == max(image.shape[1:]):
-        return image
-    size = [max(1, round(length * longest / max(image.shape[1:]))) for length in image.shape[1:]]
-    return resize(image[None].float(), size, 'bilinear')[0].clamp(0, 1)
