@@ -77,11 +77,11 @@ def forward(setting: Setting) -> Found:
     return Found('features against the CPU, relative', distance(ours, theirs), 1e-3)
 
 
-def gradients(setting: Setting, localizer: Any, of_localizer: bool) -> Found:
+def gradients(setting: Setting, localizer: Any, of_localizer: bool, num_patches: int = 98) -> Found:
     """Of the localiser, or of all else, against the CPU."""
     found = []
     for device in ('cpu', setting.device):
-        model = setting.model(localizer=localizer).to(device)
+        model = setting.model(localizer=localizer, num_patches=num_patches).to(device)
         model(setting.images().to(device)).square().sum().backward()
         learnt = ((name, each.grad) for name, each in model.named_parameters() if each.grad is not None)
         found.append(torch.cat([grad.flatten().cpu() for name, grad in learnt if ('patching' in name) == of_localizer]))
@@ -209,7 +209,7 @@ CHECKS: dict[str, Callable[[Setting], Found]] = {
     'gradients': lambda setting: gradients(setting, 'cnn', False),
     'gradients, localiser': lambda setting: gradients(setting, 'cnn', True),
     'gradients, glance': lambda setting: gradients(setting, 'glance', True),
-    'gradients, crowd': lambda setting: gradients(setting, {'name': 'glance', 'crowd': 0.7}, True),
+    'gradients, crowd': lambda setting: gradients(setting, {'name': 'glance', 'crowd': 0.7}, True, 100),
     'deterministic': deterministic,
     'bfloat16': lambda setting: half(setting, torch.bfloat16),
     'float16': lambda setting: half(setting, torch.float16),

@@ -95,7 +95,7 @@ TASKS = {
 # Share of what matters that is spread evenly.
 EVEN = 0.05
 # Options that a result records.
-RECORDED = ('images', 'batch', 'lr', 'localizer_lr_scale', 'saliency_weight', 'model_kwargs')
+RECORDED = ('images', 'batch', 'lr', 'localizer_lr_scale', 'background', 'saliency_weight', 'model_kwargs')
 STILL = {'transform': 'translation', 'max_shift': 0.0}
 
 
@@ -144,11 +144,15 @@ def batches(samples: Any, epochs: int, batch: int, seed: int) -> Iterator[tuple[
             yield torch.stack(images), list(places)
 
 
-def loss_of(task: Task, model: nn.Module, images: Tensor, places: list[Places]) -> Tensor:
-    """What is trained on; of a segmentation at a quarter of the resolution, which is that of the decoder."""
+def loss_of(task: Task, model: nn.Module, images: Tensor, places: list[Places], background: float) -> Tensor:
+    """What is trained on; of a segmentation at a quarter of the resolution, which is that of the decoder.
+
+    Most pixels are background: at a weight of one they say where things are, and for long not what they are.
+    """
     if task.score is segmented:
         logits = model.segmentation_head[0](model.decoder(model.encoder(images)))  # type: ignore[operator, index]
-        return F.cross_entropy(logits, torch.stack([each.mask[2::4, 2::4] for each in places]).long())
+        weights = torch.tensor([background, *[1.0] * len(task.names)])
+        return F.cross_entropy(logits, torch.stack([each.mask[2::4, 2::4] for each in places]).long(), weights)
     targets = [{'boxes': each.boxes, 'labels': each.labels} for each in places]
     return sum(model(list(images), targets).values(), torch.zeros(()))
 
@@ -201,7 +205,7 @@ def run(options: argparse.Namespace, contestant: str, tokens: int, seed: int) ->
     small, seconds = task.small * task.side**2, 0.0
     for update, (images, places) in enumerate(batches(train, task.passes, batch, seed), 1):
         with calls_of(vit.patch_embed) as seen:
-            loss = loss_of(task, model.train(), images, places)
+            loss = loss_of(task, model.train(), images, places, options.background)
         if contestant == 'crowded':
             loss = loss + options.saliency_weight * saliency_loss(seen[-1][1].geometry, wanted_places(places))
         optimizer.zero_grad()
@@ -260,6 +264,7 @@ def main() -> None:
     add('--batch', type=counted, help='images of an update (default: 16; from scratch 32)')
     add('--lr', type=float, help='peak learning rate of the ViT (default: 3e-4; from scratch 1e-3, as all after it)')
     add('--localizer-lr-scale', type=float, help='(default: 3; from scratch 1)')
+    add('--background', type=float, default=0.2, help="weight of the background's pixels in a segmentation's loss")
     add('--saliency-weight', type=float, default=0.3, help='of the loss that teaches a glance where things are')
     add('--model-kwargs', type=json.loads, default={}, metavar='JSON', help='further arguments of create_model')
     add('--label', default='', help='of what differs, in the name of its results')

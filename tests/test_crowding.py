@@ -13,12 +13,13 @@ from timm_apvit import TRANSFORMS, Localizer, Look, register_localizer
 from timm_apvit.learning.adaptation import adaptation, stood_still
 from timm_apvit.learning.glance import collapsed
 from timm_apvit.learning.saliency import fit_saliency, saliency_loss
-from timm_apvit.patching.anchors import _inverse_cdf, resolve_layout
+from timm_apvit.models.patch_embed import geometry_features
+from timm_apvit.patching.anchors import resolve_layout
 from timm_apvit.patching.coords import sample_grid
 from timm_apvit.patching.geometry import footprint, patch_jacobians
 
 CPU = torch.device('cpu')
-COARSE_FINE = {'name': 'coarse_fine', 'coarse': 4, 'fine': [3, 3], 'coarse_motion': 0.0}
+COARSE_FINE = {'name': 'coarse_fine', 'coarse': 4, 'fine': [4, 4]}
 CROWD = 0.6
 CROWDING = {'localizer': {'name': 'glance', 'crowd': CROWD, 'grid': 6}, 'num_patches': 36, 'img_size': 96}
 
@@ -29,65 +30,62 @@ def density(*size, seed=0):
     return CROWD * peaks / peaks.mean(dim=(1, 2), keepdim=True) + 1 - CROWD
 
 
-def test_inverse_is_where_a_share_lies_before():
-    weights = torch.tensor([[1.0, 1.0, 2.0], [4.0, 1.0, 1.0]])
-    share = torch.tensor([[0.0, 0.25, 0.75, 1.0], [0.0, 1 / 3, 5 / 6, 1.0]])
-    expected = torch.tensor([[0.0, 1 / 3, 5 / 6, 1.0], [0.0, 1 / 6, 2 / 3, 1.0]])
-    torch.testing.assert_close(_inverse_cdf(weights.unsqueeze(1), share), expected)
-
-
-@pytest.mark.parametrize('num', [1, 7, (3, 5), 196, {'name': 'coarse_fine', 'coarse': 7, 'fine': [3, 4]}])
-def test_an_even_density_leaves_anchors_where_they_are(num):
-    anchors = resolve_layout(num, (1, 1)).anchors(CPU)
-    crowded = anchors.crowded(torch.full((2, 5, 7), 3.0), 0.4)
-    for ours, theirs in zip(crowded[:2], anchors[:2], strict=True):
-        torch.testing.assert_close(ours, theirs.expand(2, -1, -1), rtol=0, atol=1e-6)
-
-
-@pytest.mark.parametrize('num', [1, 7, (3, 5), 64])
-def test_they_tile_the_image_in_rows_of_equal_shares(num):
+@pytest.mark.parametrize('num', [4, (4, 6), (2, 10), 64, 196])
+def test_an_even_density_leaves_the_grid_as_it_is(num):
     rows = resolve_layout(num, (1, 1)).grids[0]
-    held = density(3, 6, 9)
-    anchors = rows.anchors(CPU).crowded(held, 1 - CROWD)
-    low, high = anchors.centres - anchors.extents, anchors.centres + anchors.extents
-    assert anchors.extents.min() > 0
-    torch.testing.assert_close(anchors.extents.prod(dim=-1).sum(dim=1), torch.ones(3))
-    first = 0
-    for number, length in enumerate(rows.lengths):
-        own = slice(first, first + length)
-        first += length
-        assert (low[:, own, 1] == low[:, own.start, None, 1]).all()
-        torch.testing.assert_close(high[:, own, 0][:, :-1], low[:, own, 0][:, 1:])
-        torch.testing.assert_close(low[:, own.start, 0], torch.full((3,), -1.0))
-        torch.testing.assert_close(high[:, own.stop - 1, 0], torch.full((3,), 1.0))
-        # What of the density lies above the row, by a fine sum.
-        fine = held.sum(dim=2).repeat_interleave(2000, 1)
-        above = fine.cumsum(dim=1) / fine.sum(dim=1, keepdim=True)
-        index = ((high[:, own.start, 1] + 1) / 2 * fine.shape[1]).long().clamp(max=fine.shape[1] - 1)
-        share = rows.anchors(CPU).centres[own.start, 1] + rows.anchors(CPU).extents[own.start, 1]
-        assert (above[torch.arange(3), index] - (share + 1) / 2).abs().max() < 1e-3, number
+    for size in ((5, 7), (1, 1), (20, 20)):
+        for ours, theirs in zip(rows.divided(torch.full((2, *size), 3.0))[:2], rows.anchors(CPU)[:2], strict=True):
+            assert torch.equal(ours, theirs.expand(2, -1, -1))
 
 
-def test_patches_are_small_where_the_density_is_and_none_too_large():
-    anchors = resolve_layout((8, 8), (1, 1)).anchors(CPU)
+@pytest.mark.parametrize(('num', 'size'), [(4, (5, 5)), ((4, 6), (6, 9)), (64, (12, 10)), (100, (3, 40))])
+def test_the_leaf_that_holds_most_is_divided_each_time(num, size):
+    rows = resolve_layout(num, (1, 1)).grids[0]
+    height, width = rows.grid
+    held = density(2, *size)
+    anchors = rows.divided(held)
+    for image in range(2):
+        # Pixels of which every leaf and every cell of the density has a whole number.
+        pixels = held[image].double().repeat_interleave(8 * height, 0).repeat_interleave(8 * width, 1)
+
+        def mass(leaf, pixels=pixels):
+            top, left, h, w = (round(each * n) for each, n in zip(leaf, 2 * pixels.shape, strict=True))
+            return float(pixels[top : top + h, left : left + w].sum())
+
+        leaves = [(2 * y / height, 2 * x / width, 2 / height, 2 / width)
+                  for y in range(height // 2) for x in range(width // 2)]  # fmt: skip
+        while len(leaves) < rows.num_patches:
+            top, left, h, w = largest = max((each for each in leaves if each[2] * height > 0.5), key=mass)
+            leaves.remove(largest)
+            leaves += [(top + y * h / 2, left + x * w / 2, h / 2, w / 2) for y in range(2) for x in range(2)]
+        expected = sorted((2 * x + w - 1, 2 * y + h - 1, w, h) for y, x, h, w in leaves)
+        found = sorted(map(tuple, torch.cat([anchors.centres[image], anchors.extents[image]], dim=1).tolist()))
+        torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), rtol=0, atol=1e-6)
+
+
+def test_patches_are_small_where_the_density_is_and_tile_the_image():
     held = torch.full((1, 8, 8), 1 - CROWD)
     held[0, 1, 6] += CROWD * 64
-    crowded = anchors.crowded(held, 1 - CROWD)
+    crowded = resolve_layout((8, 8), (1, 1)).grids[0].divided(held)
     there = (crowded.centres[0] - torch.tensor([0.625, -0.625])).abs().amax(dim=-1) < 0.125
-    assert there.sum() >= 8  # of one before
-    least = 1 - CROWD
-    assert crowded.extents.max() * 8 <= (1 + least) / least
+    assert there.sum() == 16  # of one before
+    assert crowded.extents.max() == 1 / 4
+    assert crowded.extents.prod(dim=-1).sum() == 1
 
 
-def test_what_may_not_move_stays():
-    anchors = resolve_layout(COARSE_FINE, (1, 1)).anchors(CPU)
-    crowded = anchors.crowded(density(2, 5, 5), 1 - CROWD)
-    every = anchors._replace(motion=None).crowded(density(2, 5, 5), 1 - CROWD)
-    assert torch.equal(every.centres[:, 4:], crowded.centres[:, 4:])
-    assert (every.extents[:, :4] != anchors.extents[:4]).any()
-    assert torch.equal(crowded.centres[:, :4], anchors.centres[:4].expand(2, -1, -1))
-    assert torch.equal(crowded.extents[:, :4], anchors.extents[:4].expand(2, -1, -1))
-    assert ((crowded.centres[:, 4:] - anchors.centres[4:]).abs().amax(dim=(1, 2)) > 0.05).all()
+@pytest.mark.parametrize(
+    ('num', 'message'),
+    [
+        (49, r'even number of rows and of columns for patches that crowd, such as \(8, 8\), got 49 in 7 rows'),
+        ((4, 3), 'got 12 in 4 rows'),
+        (10, 'got 10 in 3 rows'),
+        (COARSE_FINE, 'expected num_patches of one grid for patches that crowd, got 2 grids'),
+    ],
+)
+def test_rejects_numbers_of_patches_that_are_no_even_grid(num, message):
+    model = create(**{**CROWDING, 'num_patches': num})
+    with pytest.raises(ValueError, match=message):
+        model(torch.randn(1, 3, 96, 96))
 
 
 @pytest.mark.parametrize('crowd', [-0.1, 0.95, 'all', True])
@@ -105,7 +103,7 @@ def test_a_new_one_is_the_vit(training):
 
 
 @pytest.mark.parametrize('transform', TRANSFORMS)
-def test_patches_start_from_there_and_the_vit_is_told_their_places_in_the_layout(transform):
+def test_patches_start_from_there_and_the_vit_is_told_their_places(transform):
     model = timm.create_model('test_apvit', **CROWDING, transform=transform).eval()
     nn.init.normal_(model.patch_embed.patching.localizer.classes[-1].weight)
     x = torch.randn(3, 3, 96, 96)
@@ -113,22 +111,25 @@ def test_patches_start_from_there_and_the_vit_is_told_their_places_in_the_layout
     anchors = seen.layout.anchors(CPU)
     laid = seen.geometry.started
     torch.testing.assert_close(seen.geometry.centres, laid.centres, rtol=0, atol=1e-5)
-    torch.testing.assert_close(seen.positions, anchors.centres.expand(3, -1, -1), rtol=0, atol=1e-4)
+    assert torch.equal(seen.positions, seen.geometry.centres)
     assert (laid.centres - anchors.centres).abs().max() > 0.1
+    features = geometry_features(seen.geometry, anchors, (6, 6))
+    assert features[..., 2:].abs().max() < 1e-4  # where they started; how large they are is told
+    assert features[..., 0].unique().numel() > 1
     randomise(model)
     moved = model.patch_embed(x).geometry
     assert (moved.centres - moved.started.centres).abs().max() > 1e-3
     # As many levels as the largest of them need.
     size, patching = (96, 96), model.patch_embed.patching
     jacobians = patch_jacobians(moved, sample_grid((16, 16), CPU))
-    limit = patching.transform.max_footprint(patching.layout, size, (16, 16)) * (1 + 0.4) / 0.4
+    limit = patching.transform.max_footprint(patching.layout, size, (16, 16)) * 2
     assert footprint(jacobians, size, (16, 16)).max() <= limit
 
 
 class Left(Localizer):
-    """Nine patches of ten in the left half, of those that crowd."""
+    """Nine tenths of the density in the left half."""
 
-    crowd = 0.5
+    crowd = 0.9
 
     def __init__(self, fields, **_):
         super().__init__()
@@ -150,14 +151,16 @@ def left():
 
 
 @pytest.mark.usefixtures('left')
-def test_a_localizer_of_ones_own_says_how_many_follow_it_and_some_images_are_seen_evenly_in_training():
-    model = create(localizer='left', num_patches=(1, 100), whole_share=0.5)
+def test_a_localizer_of_ones_own_says_how_many_follow_it_and_some_images_are_seen_evenly_in_training(monkeypatch):
+    model = create(localizer='left', num_patches=64, whole_share=0.5)
     x = torch.randn(200, 3, 32, 32)
     count = (model.eval().patch_geometry(x).centres[..., 0] < 0).sum(dim=1)
-    assert (count == 70).all()  # half of 90 and of 50
+    assert (count == 56).all()  # of the eight blocks of two by two on the right none is divided
     count = (model.train().patch_geometry(x).centres[..., 0] < 0).sum(dim=1)
-    assert set(count.tolist()) == {50, 70}
-    assert (count == 50).float().mean() == pytest.approx(0.5, abs=0.12)
+    assert set(count.tolist()) == {32, 56}
+    assert (count == 32).float().mean() == pytest.approx(0.5, abs=0.12)
+    monkeypatch.setattr(Left, 'crowd', 0.5)  # less than four times as dense
+    assert ((model.eval().patch_geometry(x).centres[..., 0] < 0).sum(dim=1) == 32).all()
 
 
 @pytest.mark.usefixtures('left')
@@ -205,7 +208,7 @@ def test_masks_teach_a_glance_to_find_several_things():
     index = ((geometry.centres + 1) * 6).long().clamp(0, 11)
     there = targets[torch.arange(64)[:, None], index[..., 1], index[..., 0]].mean()
     evenly = targets.mean()
-    assert there > 2.5 * evenly  # of things in two places, in rows that must cross the image: not 0.8 / evenly
+    assert there > 2.5 * evenly
 
 
 def test_fitted_first_it_finds_before_the_vit_learns():

@@ -93,7 +93,7 @@ def test_contestants_of_dense_tasks_take_a_step(name, contestant, tmp_path, monk
     images = torch.randn(2, 3, 448, 448)
     if contestant == 'crowded':
         fit_saliency(vit, [(images, dense.wanted_places(places))], epochs=1)
-    loss = dense.loss_of(task, model.train(), images, places)
+    loss = dense.loss_of(task, model.train(), images, places, 0.2)
     loss.backward()
     assert loss.isfinite()
     assert vit.num_patches == 16
@@ -111,14 +111,14 @@ def test_what_starts_from_scratch_is_trained_and_reported(task, tmp_path, monkey
 
     objects = torch.rand(20, 28, 28).numpy(), torch.arange(20).numpy() % 10
     monkeypatch.setattr(fashion, 'load_fashion', lambda folder, train: objects)
-    arguments = ['--task', task, '--tokens', '9', '--images', '64', '--test-images', '4', '--tests', '1']
+    arguments = ['--task', task, '--tokens', '16', '--images', '64', '--test-images', '4', '--tests', '1']
     contestants = ['--contestants', 'fixed', 'moving', 'crowded', '--results', str(tmp_path)]
     monkeypatch.setattr(dense.sys, 'argv', ['dense.py', *arguments, *contestants])
     monkeypatch.setattr(dense.torch, 'set_num_threads', lambda number: None)
     dense.main()
     table = (tmp_path / f'{task}.md').read_text()
-    assert table.count('| fixed | 9 | 0 |') == table.count('| moving | 9 | 0 |') == 1
-    found = json.loads((tmp_path / f'{task}-moving-9-0.json').read_text())
+    assert table.count('| fixed | 16 | 0 |') == table.count('| moving | 16 | 0 |') == 1
+    found = json.loads((tmp_path / f'{task}-moving-16-0.json').read_text())
     assert found['curve'][-1]['images'] == 64
     metrics = {'scratch': ['miou', 'iou_foreground', 'recall_small'], 'scratch-detection': ['ap50', 'ap50_small']}
     for name in metrics[task]:

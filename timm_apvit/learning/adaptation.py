@@ -18,9 +18,9 @@ def adaptation(model: APViT, images: Tensor) -> dict[str, float]:
 
     Returns:
         Means over patches and images: ``patch_shift``, of the centre in half-extents of its cell; ``patch_zoom``, the
-        factor of its size, larger or smaller, less 1; ``patch_turn``, in degrees. Of a model with windows also
-        ``window_size``, the mean half-extent, and ``window_whole``, the share of images that are seen whole; patches
-        are then compared with the grid in the window.
+        factor of its size to that of a cell of the grid, larger or smaller, less 1; ``patch_turn``, in degrees. Of a
+        model with windows also ``window_size``, the mean half-extent, and ``window_whole``, the share of images that
+        are seen whole; patches are then compared with the grid in the window.
 
     Raises:
         ValueError: a model that is no APViT.
@@ -29,11 +29,8 @@ def adaptation(model: APViT, images: Tensor) -> dict[str, float]:
     with in_eval_mode(model):
         seen = model.patch_embed(images)
     geometry, anchors = seen.geometry, seen.layout.anchors(images.device)
-    # In a window they are compared with its grid, which says the rest; that they crowd is how they adapt.
-    crowds = geometry.window is None
-    centres, extents = (geometry.centres, geometry.extents) if crowds else geometry.in_layout(anchors)
-    moved = ((centres - anchors.centres) / anchors.extents).norm(dim=-1)
-    zoomed = (extents / anchors.extents).log().abs().mean(dim=-1)
+    moved = (geometry.moves(anchors) / anchors.extents).norm(dim=-1)
+    zoomed = (geometry.in_layout(anchors)[1] / anchors.extents).log().abs().mean(dim=-1)
     found = {
         'patch_shift': float(moved.mean()),
         'patch_zoom': math.expm1(float(zoomed.mean())),

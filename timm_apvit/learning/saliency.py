@@ -25,7 +25,7 @@ def saliency_loss(geometry: PatchGeometry, target: Tensor) -> Tensor:
 
     Example:
         >>> import timm, timm_apvit, torch
-        >>> model = timm.create_model('test_apvit', localizer={'name': 'glance', 'crowd': 0.6}, num_patches=49)
+        >>> model = timm.create_model('test_apvit', localizer={'name': 'glance', 'crowd': 0.6}, num_patches=64)
         >>> target = torch.zeros(2, 20, 20)
         >>> target[:, 5:10, 5:10] = 1.0
         >>> saliency_loss(model.patch_geometry(torch.randn(2, 3, 160, 160)), target).backward()

@@ -53,9 +53,10 @@ class GlanceLocalizer(ScaleKeeping, Localizer):
         grid: rows and columns of the glance at a square image, at most 64; others have about as many cells.
         width: of the hidden layers.
         max_focus: largest factor by which a window closes in; 1: it is the whole image.
-        crowd: share of the patches, within [0, 0.9], that crowd where it matters, instead of a window about them all:
-            rows, and the patches in each, become narrow there and wide elsewhere, so that all of the image is seen
-            still. For images in which several places matter; ``max_focus`` does nothing then.
+        crowd: above 0, up to 0.9: the patches crowd where it matters, instead of a window about them all. A quadtree
+            divides the image by what each part of it holds, of which this share is what the glance sees and the rest
+            is even, so that all of the image is seen still. For images in which several places matter, and an even
+            number of rows and of columns of patches; ``max_focus`` does nothing then.
         answer_drop: share of the images in train mode to which the glance's answer is not added, so that the ViT
             learns to answer by itself.
         classes: numbers of classes, 0 for pooled features, that it learnt to tell, the last ones last; the others still

@@ -47,14 +47,11 @@ class PatchTokens(NamedTuple):
 def geometry_features(geometry: PatchGeometry, anchors: Anchors, grid_size: tuple[int, int]) -> Tensor:
     """What a patch covers, beyond where its centre is: ``(B, N, 10)``; zero for a cell of ``grid_size`` in its place.
 
-    In the frame of the layout: log half-extents against such a cell, way from the anchor in such cells, sine and cosine
-    (less 1) of the rotation, shear. Then of the window: centre (x, y) and log half-extent, zero if it is the image; or
-    the way of its anchor from where the layout has it, and the logarithm of how much larger. The same for all families,
-    so that checkpoints fit: of a warp nothing is told.
+    As if the window were the image: log half-extents against such a cell, way from the anchor in such cells, sine and
+    cosine (less 1) of the rotation, shear. Then of the window: centre (x, y) and log half-extent, zero if it is the
+    image. The same for all families, so that checkpoints fit: of a warp nothing is told.
     """
-    centres, extents = geometry.in_layout(anchors)
-    moved = centres - anchors.centres
-    rotation = geometry.rotation
+    extents, moved, rotation = geometry.in_layout(anchors)[1], geometry.moves(anchors), geometry.rotation
     features = [
         torch.log(extents[..., 0] * grid_size[1]),
         torch.log(extents[..., 1] * grid_size[0]),
@@ -65,11 +62,8 @@ def geometry_features(geometry: PatchGeometry, anchors: Anchors, grid_size: tupl
         geometry.shear,
     ]
     own = torch.stack(features, dim=-1)
-    if geometry.started is None:
-        return F.pad(own, [0, 3])
     if geometry.window is None:
-        size = torch.log(geometry.started.extents / anchors.extents).mean(dim=-1, keepdim=True)
-        return torch.cat([own, geometry.started.centres - anchors.centres, size], dim=-1)
+        return F.pad(own, [0, 3])
     window = torch.cat([geometry.window[:, :2], torch.log(geometry.window[:, 2:])], dim=-1)
     return torch.cat([own, window.unsqueeze(1).expand(-1, own.shape[1], -1)], dim=-1)
 

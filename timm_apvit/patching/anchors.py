@@ -11,6 +11,7 @@ from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from timm_apvit.patching.coords import cell_centres, check_counts, check_number
@@ -40,49 +41,6 @@ class Anchors(NamedTuple):
         """The same anchors laid over windows ``(B, 3)``, centre (x, y) and half-extent, rather than over the image."""
         extent = window[:, None, 2:]
         return self._replace(centres=window[:, None, :2] + extent * self.centres, extents=extent * self.extents)
-
-    def crowded(self, density: Tensor, least: float) -> 'Anchors':
-        """Those that may move, denser where a density is: ``(N, 2)`` -> ``(B, N, 2)``, centres and half-extents.
-
-        Sampling by saliency, as Recasens et al. 2018 (https://arxiv.org/abs/1809.03355), but of whole patches: the
-        image is stretched along y, so that rows of one height hold as much of the density, then each row along x. So
-        anchors in rows that tile the image still do.
-
-        Args:
-            density: over the image, ``(B, h, w)``, above 0.
-            least: in a row no place has less than this share of its mean, or patches beside what matters would be wide
-                and flat: none is above ``(1 + least) / least`` times as wide as before.
-        """
-        low, high = ((edge + 1) / 2 for edge in (self.centres - self.extents, self.centres + self.extents))
-        rows = density.sum(dim=2).unsqueeze(1)  # (B, 1, h)
-        height = density.shape[1]
-        top, bottom = (_inverse_cdf(rows, edge[..., 1].unsqueeze(0)) for edge in (low, high))  # (B, N)
-        index = torch.arange(height, device=density.device)
-        end = torch.minimum(bottom.unsqueeze(-1) * height, index + 1)
-        held = (end - torch.maximum(top.unsqueeze(-1) * height, index)).clamp(min=0.0)  # (B, N, h)
-        own = (held.unsqueeze(-1) * density.unsqueeze(1)).sum(dim=2)  # no matrix product, which may round to TF32
-        own = (own / own.mean(dim=-1, keepdim=True)).clamp(min=least)
-        left, right = (_inverse_cdf(own, edge[..., 0].unsqueeze(0)) for edge in (low, high))
-        centres = torch.stack([left + right - 1, top + bottom - 1], dim=-1)
-        extents = torch.stack([right - left, bottom - top], dim=-1)
-        if self.motion is not None:
-            stays = self.motion == 0
-            centres, extents = torch.where(stays, self.centres, centres), torch.where(stays, self.extents, extents)
-        return self._replace(centres=centres, extents=extents)
-
-
-def _inverse_cdf(weights: Tensor, share: Tensor) -> Tensor:
-    """Up to where cells that tile [0, 1] hold a share of all weights: ``(..., n)`` above 0, ``(...)`` -> ``(...)``."""
-    weights = weights / weights.sum(dim=-1, keepdim=True)
-    # No cumsum, which CUDA refuses where algorithms are to be deterministic.
-    before = torch.ones(weights.shape[-1], weights.shape[-1], device=weights.device).tril()
-    ends = (weights.unsqueeze(-2) * before).sum(dim=-1)
-    share = share.unsqueeze(-1)
-    shape = [*(share[..., 0] + weights[..., 0]).shape, weights.shape[-1]]
-    index = (ends[..., :-1] <= share).sum(dim=-1, keepdim=True)
-    left = (ends.expand(shape).gather(-1, index) - share) / weights.expand(shape).gather(-1, index)
-    place: Tensor = ((index + 1 - left) / shape[-1]).squeeze(-1).clamp(0.0, 1.0)
-    return place
 
 
 @dataclass(frozen=True)
@@ -135,6 +93,62 @@ class Rows:
         )
         extents = torch.stack([1 / columns, 1 / rows_f], dim=-1)
         return Anchors(centres, extents, torch.full_like(extents[:, :1], self.motion))
+
+    def divided(self, density: Tensor) -> Anchors:
+        """As many anchors as a grid has, small where a density is, that tile the image still: ``(B, N, 2)`` each.
+
+        Mixed-resolution tokenization (Ronen et al. 2023, https://arxiv.org/abs/2304.00287): of the leaves of a quadtree
+        the one that holds the most of the density is divided into quarters until there are N. Its roots are blocks of
+        two by two cells of the grid, its smallest leaves quarters of its quarters. So an even density gives the grid
+        itself, and it stays so until some place is four times as dense as another.
+
+        Args:
+            density: over the image, ``(B, h, w)``, above 0.
+
+        Raises:
+            ValueError: rows that are no grid, or not of an even number of rows and columns.
+        """
+        (rows, columns), device = self.grid, density.device
+        if rows * columns != self.num_patches or rows % 2 or columns % 2:
+            raise ValueError(
+                'expected num_patches of an even number of rows and of columns for patches that crowd, such as (8, 8), '
+                f'got {self.num_patches} in {rows} rows'
+            )
+        sizes = [(rows * 2**level // 2, columns * 2**level // 2) for level in range(4)]
+        held = [_held(density, sizes[2])]
+        for _ in range(2):
+            held.insert(0, 4 * F.avg_pool2d(held[0], 2))
+        # A leaf holds less than what it is a part of, so the largest of all of them are what is divided.
+        every = torch.cat([each.flatten(1) for each in held], dim=1)
+        largest = every.topk(self.num_patches // 4, dim=1).indices.unsqueeze(2)
+        divided = (largest == torch.arange(every.shape[1], device=device)).any(dim=1)
+        is_there, leaves = torch.ones_like(held[0], dtype=torch.bool), []
+        for each, parts in zip(held, torch.split(divided, [h * w for h, w in sizes[:3]], dim=1), strict=True):
+            own = parts.reshape(each.shape)
+            leaves.append(is_there & ~own)
+            is_there = own.repeat_interleave(2, dim=1).repeat_interleave(2, dim=2)
+        leaf = torch.cat([each.flatten(1) for each in (*leaves, is_there)], dim=1)
+        index = (leaf * torch.arange(leaf.shape[1], 0, -1, device=device)).topk(self.num_patches, dim=1).indices
+        tiles = [Rows(h * w, h).anchors(device) for h, w in sizes]
+        centres, extents = (torch.cat(each)[index] for each in zip(*(tile[:2] for tile in tiles), strict=True))
+        return Anchors(centres, extents, self.anchors(device).motion)
+
+
+def _held(density: Tensor, grid_size: tuple[int, int]) -> Tensor:
+    """How much of a density ``(B, h, w)`` the cells of another grid hold, ``(B, h', w')``."""
+    down, across = (
+        _common(length, own, density.device) for length, own in zip(grid_size, density.shape[1:], strict=True)
+    )
+    # No matrix product, which may round to TF32.
+    rows = (down.unsqueeze(2) * density.unsqueeze(1)).sum(dim=2)  # (B, h', w)
+    return (rows.unsqueeze(2) * across).sum(dim=3)
+
+
+def _common(first: int, second: int, device: torch.device) -> Tensor:
+    """What each of some equal parts of a length has in common with each of some others, ``(first, second)``."""
+    start = torch.arange(first, device=device).unsqueeze(1) * second
+    other = torch.arange(second, device=device) * first
+    return (torch.minimum(start + second, other + first) - torch.maximum(start, other)).clamp(min=0)
 
 
 class Layout:

@@ -33,7 +33,7 @@ class PatchGeometry(NamedTuple):
         window: centre (x, y) and half-extent of where the anchors were put, ``(B, 3)``; None: all of the image. Where
             an image is padded or cropped to whole patches, this and the saliency are of what the patches tile.
         started: the anchors that the patches start from, ``(B, N, 2)`` each, where they lie in a window or
-            crowd; None: those of the layout.
+            crowd; None: those of the layout, in whose order patches that crowd are not.
         logits: what the localiser answers by itself, ``(B, classes)``; None: nothing.
         perspective: v of the projective warp ``u / (1 + v . u)``, ``(B, N, 2)``; None: there is none.
         spline: coefficients of a thin-plate spline's displacements, ``(B, N, 19, 2)``: of 16 kernels, of 1, x and y;
@@ -62,11 +62,16 @@ class PatchGeometry(NamedTuple):
         return points.movedim(1, -1).reshape(list(self.centres.shape[:2]) + list(local.shape))
 
     def in_layout(self, anchors: Anchors) -> tuple[Tensor, Tensor]:
-        """Centres and half-extents ``(B, N, 2)`` as if the patches had started from the anchors of their layout."""
-        if self.started is None:
+        """Centres and half-extents ``(B, N, 2)`` as if the window, if there is one, were the image."""
+        if self.window is None or self.started is None:
             return self.centres, self.extents
         ratio = anchors.extents / self.started.extents
         return (self.centres - self.started.centres) * ratio + anchors.centres, self.extents * ratio
+
+    def moves(self, anchors: Anchors) -> Tensor:
+        """How far centres are from where they started, ``(B, N, 2)``, as if the window, if any, were the image."""
+        started = anchors if self.window is not None or self.started is None else self.started
+        return self.in_layout(anchors)[0] - started.centres
 
     def in_frame(self, own: tuple[int, int], other: tuple[int, int]) -> 'PatchGeometry':
         """The same patches in an image of another size ``(H, W)``, that has the same top-left corner and pixels."""

@@ -139,8 +139,7 @@ class AdaptivePatching(nn.Module):
 
     def num_levels(self, image_size: tuple[int, int], layout: Layout) -> int:
         """How many mip levels of an image ``(H, W)`` the patches of a layout may be read from."""
-        least = 1 - min(self.localizer.crowd, MOST_CROWD)
-        stretch = 1.0 if least == 1 else (1 + least) / least  # of a crowded anchor, see `Anchors.crowded`
+        stretch = 2 if self.localizer.crowd else 1  # see `Rows.divided`
         return num_mip_levels(stretch * self.transform.max_footprint(layout, image_size, self.patch_size), image_size)
 
     def _located(self, image: Tensor, look: Look, layout: Layout) -> PatchGeometry:
@@ -155,8 +154,12 @@ class AdaptivePatching(nn.Module):
                     f'expected a localizer with a density to have no window, and a crowd within (0, {MOST_CROWD}], got '
                     f'{"one" if window is not None else "none"}, and {self.localizer.crowd}'
                 )
+            if len(layout.grids) > 1:
+                raise ValueError(
+                    f'expected num_patches of one grid for patches that crowd, got {len(layout.grids)} grids'
+                )
             check_shape('the density of the localizer', look.density, (image.shape[0], *look.density.shape[-2:]))
-            anchors = anchors.crowded(self._exposed_density(look.density), 1 - self.localizer.crowd)
+            anchors = layout.grids[0].divided(self._exposed_density(look.density))
         started = anchors if window is not None or look.density is not None else None
         parameters = self.localizer(look, anchors)
         for name, width in self.transform.fields.items():

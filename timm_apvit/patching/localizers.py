@@ -29,7 +29,8 @@ class Look(NamedTuple):
         saliency: logits of where it looks, ``(B, h, w)`` over the image, to be drawn; None: it does not say.
         logits: its own answer, ``(B, classes)``, which is added to that of the ViT; None: it has none.
         density: how many patches each place of the image is to have, relative to others, ``(B, h, w)``, at least 0: the
-            anchors crowd there, and tile the image still; None: they stay where the layout has them.
+            anchors crowd there, and tile the image still (`timm_apvit.patching.anchors.Rows.divided`); None: they stay
+            where the layout has them.
     """
 
     memory: Any
@@ -56,8 +57,8 @@ class Localizer(nn.Module, ABC):
     Attributes:
         under_autocast: whether to look under the autocast that may surround the model; else it looks in float32.
         answers: whether its looks have logits.
-        crowd: share of the patches that follow the density of its looks, within (0, `MOST_CROWD`]; the others are
-            spread evenly. 0: its looks have none.
+        crowd: share of the density of its looks, within (0, `MOST_CROWD`], by which anchors crowd; the rest is even.
+            0: its looks have none.
     """
 
     under_autocast: bool = False
