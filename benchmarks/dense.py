@@ -106,7 +106,7 @@ def arguments_of(contestant: str, tokens: int) -> dict[str, Any]:
     if contestant == 'moving':  # each patch by the localisation network, within its bounds
         return {'num_patches': tokens, 'max_shift': 2.0, 'max_zoom': 3.0}
     # A glance crowds them, and the localisation network does not move them further.
-    glance = {'name': 'glance', 'grid': 10, 'blocks': 3, 'crowd': 0.7}
+    glance = {'name': 'glance', 'grid': 10, 'blocks': 3, 'crowd': 0.9}
     return {'num_patches': tokens, 'localizer': glance, 'max_shift': 0.0, 'max_zoom': 1.0}
 
 

@@ -14,7 +14,7 @@ from timm_apvit.learning.adaptation import adaptation, stood_still
 from timm_apvit.learning.glance import collapsed
 from timm_apvit.learning.saliency import fit_saliency, saliency_loss
 from timm_apvit.models.patch_embed import geometry_features
-from timm_apvit.patching.anchors import resolve_layout
+from timm_apvit.patching.anchors import divided, resolve_layout
 from timm_apvit.patching.coords import sample_grid
 from timm_apvit.patching.geometry import footprint, patch_jacobians
 
@@ -32,18 +32,16 @@ def density(*size, seed=0):
 
 @pytest.mark.parametrize('num', [4, (4, 6), (2, 10), 64, 196])
 def test_an_even_density_leaves_the_grid_as_it_is(num):
-    rows = resolve_layout(num, (1, 1)).grids[0]
+    layout = resolve_layout(num, (1, 1))
     for size in ((5, 7), (1, 1), (20, 20)):
-        for ours, theirs in zip(rows.divided(torch.full((2, *size), 3.0))[:2], rows.anchors(CPU)[:2], strict=True):
+        for ours, theirs in zip(divided(layout, torch.full((2, *size), 3.0))[:2], layout.anchors(CPU)[:2], strict=True):
             assert torch.equal(ours, theirs.expand(2, -1, -1))
 
 
 @pytest.mark.parametrize(('num', 'size'), [(4, (5, 5)), ((4, 6), (6, 9)), (64, (12, 10)), (100, (3, 40))])
 def test_the_leaf_that_holds_most_is_divided_each_time(num, size):
-    rows = resolve_layout(num, (1, 1)).grids[0]
-    height, width = rows.grid
-    held = density(2, *size)
-    anchors = rows.divided(held)
+    layout, held = resolve_layout(num, (1, 1)), density(2, *size)
+    (height, width), anchors = layout.grids[0].grid, divided(layout, held)
     for image in range(2):
         # Pixels of which every leaf and every cell of the density has a whole number.
         pixels = held[image].double().repeat_interleave(8 * height, 0).repeat_interleave(8 * width, 1)
@@ -54,7 +52,7 @@ def test_the_leaf_that_holds_most_is_divided_each_time(num, size):
 
         leaves = [(2 * y / height, 2 * x / width, 2 / height, 2 / width)
                   for y in range(height // 2) for x in range(width // 2)]  # fmt: skip
-        while len(leaves) < rows.num_patches:
+        while len(leaves) < layout.num_patches:
             top, left, h, w = largest = max((each for each in leaves if each[2] * height > 0.5), key=mass)
             leaves.remove(largest)
             leaves += [(top + y * h / 2, left + x * w / 2, h / 2, w / 2) for y in range(2) for x in range(2)]
@@ -66,7 +64,7 @@ def test_the_leaf_that_holds_most_is_divided_each_time(num, size):
 def test_patches_are_small_where_the_density_is_and_tile_the_image():
     held = torch.full((1, 8, 8), 1 - CROWD)
     held[0, 1, 6] += CROWD * 64
-    crowded = resolve_layout((8, 8), (1, 1)).grids[0].divided(held)
+    crowded = divided(resolve_layout((8, 8), (1, 1)), held)
     there = (crowded.centres[0] - torch.tensor([0.625, -0.625])).abs().amax(dim=-1) < 0.125
     assert there.sum() == 16  # of one before
     assert crowded.extents.max() == 1 / 4
@@ -79,13 +77,17 @@ def test_patches_are_small_where_the_density_is_and_tile_the_image():
         (49, r'even number of rows and of columns for patches that crowd, such as \(8, 8\), got 49 in 7 rows'),
         ((4, 3), 'got 12 in 4 rows'),
         (10, 'got 10 in 3 rows'),
-        (COARSE_FINE, 'expected num_patches of one grid for patches that crowd, got 2 grids'),
+        (COARSE_FINE, 'expected num_patches of one grid .*, got 20 in 2 and 4 rows'),
     ],
 )
 def test_rejects_numbers_of_patches_that_are_no_even_grid(num, message):
-    model = create(**{**CROWDING, 'num_patches': num})
+    model = create(**CROWDING)
     with pytest.raises(ValueError, match=message):
-        model(torch.randn(1, 3, 96, 96))
+        model.set_num_patches(num)
+    assert model.num_patches == 36
+    odd = create(localizer={'name': 'glance', 'crowd': CROWD}, img_size=80)  # whose own grid is 5 x 5
+    with pytest.raises(ValueError, match='got 25 in 5 rows'):
+        odd(torch.randn(1, 3, 80, 80))
 
 
 @pytest.mark.parametrize('crowd', [-0.1, 0.95, 'all', True])

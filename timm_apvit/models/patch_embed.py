@@ -9,7 +9,7 @@ from timm.layers import PatchEmbed
 from torch import Tensor, nn
 
 from timm_apvit.models.checkpoint import complete_state_dict
-from timm_apvit.patching.anchors import Anchors, Layout, NumPatches, check_num_patches, resolve_layout
+from timm_apvit.patching.anchors import Anchors, Layout, NumPatches, check_num_patches, even_grid, resolve_layout
 from timm_apvit.patching.coords import check_patch_size
 from timm_apvit.patching.geometry import PatchGeometry
 from timm_apvit.patching.layer import AdaptivePatching
@@ -106,6 +106,8 @@ class AdaptivePatchEmbed(PatchEmbed):  # type: ignore[misc]
     def set_num_patches(self, num_patches: NumPatches | None) -> None:
         """Take so many patches from now on; None: the base grid, or the input's with ``dynamic_img_size``."""
         requested = None if num_patches is None else check_num_patches(num_patches)
+        if requested is not None and self.patching.localizer.crowd:
+            even_grid(resolve_layout(requested, tuple(self.grid_size)))
         self._update_layout(requested)
         self.requested = requested
 

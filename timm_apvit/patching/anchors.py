@@ -94,62 +94,6 @@ class Rows:
         extents = torch.stack([1 / columns, 1 / rows_f], dim=-1)
         return Anchors(centres, extents, torch.full_like(extents[:, :1], self.motion))
 
-    def divided(self, density: Tensor) -> Anchors:
-        """As many anchors as a grid has, small where a density is, that tile the image still: ``(B, N, 2)`` each.
-
-        Mixed-resolution tokenization (Ronen et al. 2023, https://arxiv.org/abs/2304.00287): of the leaves of a quadtree
-        the one that holds the most of the density is divided into quarters until there are N. Its roots are blocks of
-        two by two cells of the grid, its smallest leaves quarters of its quarters. So an even density gives the grid
-        itself, and it stays so until some place is four times as dense as another.
-
-        Args:
-            density: over the image, ``(B, h, w)``, above 0.
-
-        Raises:
-            ValueError: rows that are no grid, or not of an even number of rows and columns.
-        """
-        (rows, columns), device = self.grid, density.device
-        if rows * columns != self.num_patches or rows % 2 or columns % 2:
-            raise ValueError(
-                'expected num_patches of an even number of rows and of columns for patches that crowd, such as (8, 8), '
-                f'got {self.num_patches} in {rows} rows'
-            )
-        sizes = [(rows * 2**level // 2, columns * 2**level // 2) for level in range(4)]
-        held = [_held(density, sizes[2])]
-        for _ in range(2):
-            held.insert(0, 4 * F.avg_pool2d(held[0], 2))
-        # A leaf holds less than what it is a part of, so the largest of all of them are what is divided.
-        every = torch.cat([each.flatten(1) for each in held], dim=1)
-        largest = every.topk(self.num_patches // 4, dim=1).indices.unsqueeze(2)
-        divided = (largest == torch.arange(every.shape[1], device=device)).any(dim=1)
-        is_there, leaves = torch.ones_like(held[0], dtype=torch.bool), []
-        for each, parts in zip(held, torch.split(divided, [h * w for h, w in sizes[:3]], dim=1), strict=True):
-            own = parts.reshape(each.shape)
-            leaves.append(is_there & ~own)
-            is_there = own.repeat_interleave(2, dim=1).repeat_interleave(2, dim=2)
-        leaf = torch.cat([each.flatten(1) for each in (*leaves, is_there)], dim=1)
-        index = (leaf * torch.arange(leaf.shape[1], 0, -1, device=device)).topk(self.num_patches, dim=1).indices
-        tiles = [Rows(h * w, h).anchors(device) for h, w in sizes]
-        centres, extents = (torch.cat(each)[index] for each in zip(*(tile[:2] for tile in tiles), strict=True))
-        return Anchors(centres, extents, self.anchors(device).motion)
-
-
-def _held(density: Tensor, grid_size: tuple[int, int]) -> Tensor:
-    """How much of a density ``(B, h, w)`` the cells of another grid hold, ``(B, h', w')``."""
-    down, across = (
-        _common(length, own, density.device) for length, own in zip(grid_size, density.shape[1:], strict=True)
-    )
-    # No matrix product, which may round to TF32.
-    rows = (down.unsqueeze(2) * density.unsqueeze(1)).sum(dim=2)  # (B, h', w)
-    return (rows.unsqueeze(2) * across).sum(dim=3)
-
-
-def _common(first: int, second: int, device: torch.device) -> Tensor:
-    """What each of some equal parts of a length has in common with each of some others, ``(first, second)``."""
-    start = torch.arange(first, device=device).unsqueeze(1) * second
-    other = torch.arange(second, device=device) * first
-    return (torch.minimum(start + second, other + first) - torch.maximum(start, other)).clamp(min=0)
-
 
 class Layout:
     """A way to lay anchors over an image: of one set of rows or of several, all of them over the whole image.
@@ -228,6 +172,70 @@ def register_layout(name: str, layout: type[Layout]) -> None:
 
 
 register_layout('coarse_fine', CoarseFine)
+
+
+def even_grid(layout: Layout) -> tuple[int, int]:
+    """Rows and columns of a layout that is one grid of an even number of either, as `divided` needs; or ValueError."""
+    rows, columns = layout.grids[0].grid
+    if len(layout.grids) > 1 or rows * columns != layout.num_patches or rows % 2 or columns % 2:
+        raise ValueError(
+            'expected num_patches of one grid with an even number of rows and of columns for patches that crowd, such '
+            f'as (8, 8), got {layout.num_patches} in {" and ".join(str(each.rows) for each in layout.grids)} rows'
+        )
+    return rows, columns
+
+
+def divided(layout: Layout, density: Tensor) -> Anchors:
+    """As many anchors as a layout has, small where a density is, that tile the image still: ``(B, N, 2)`` each.
+
+    Mixed-resolution tokenization (Ronen et al. 2023, https://arxiv.org/abs/2304.00287): of the leaves of a quadtree the
+    one that holds the most of the density is divided into quarters until there are N. Its roots are blocks of two by
+    two cells of the layout's grid, its smallest leaves quarters of the quarters of a cell. So an even density gives the
+    grid itself, until some place is four times as dense as another.
+
+    Args:
+        layout: an `even_grid`.
+        density: over the image, ``(B, h, w)``, above 0.
+
+    Raises:
+        ValueError: another layout.
+    """
+    (rows, columns), device = even_grid(layout), density.device
+    sizes = [(rows * 2**level // 2, columns * 2**level // 2) for level in range(4)]
+    held = [_held(density, sizes[2])]
+    for _ in range(2):
+        held.insert(0, 4 * F.avg_pool2d(held[0], 2))
+    # A leaf holds less than what it is a part of, so the largest of all of them are what is divided.
+    every = torch.cat([each.flatten(1) for each in held], dim=1)
+    largest = every.topk(layout.num_patches // 4, dim=1).indices.unsqueeze(2)
+    chosen = (largest == torch.arange(every.shape[1], device=device)).any(dim=1)
+    is_there, leaves = torch.ones_like(held[0], dtype=torch.bool), []
+    for each, own in zip(held, torch.split(chosen, [h * w for h, w in sizes[:3]], dim=1), strict=True):
+        parts = own.reshape(each.shape)
+        leaves.append(is_there & ~parts)
+        is_there = parts.repeat_interleave(2, dim=1).repeat_interleave(2, dim=2)
+    leaf = torch.cat([each.flatten(1) for each in (*leaves, is_there)], dim=1)
+    index = (leaf * torch.arange(leaf.shape[1], 0, -1, device=device)).topk(layout.num_patches, dim=1).indices
+    tiles = [Rows(h * w, h).anchors(device) for h, w in sizes]
+    centres, extents = (torch.cat(each)[index] for each in zip(*(tile[:2] for tile in tiles), strict=True))
+    return Anchors(centres, extents, layout.anchors(device).motion)
+
+
+def _held(density: Tensor, grid_size: tuple[int, int]) -> Tensor:
+    """How much of a density ``(B, h, w)`` the cells of another grid hold, ``(B, h', w')``."""
+    down, across = (
+        _common(length, own, density.device) for length, own in zip(grid_size, density.shape[1:], strict=True)
+    )
+    # No matrix product, which may round to TF32.
+    rows = (down.unsqueeze(2) * density.unsqueeze(1)).sum(dim=2)  # (B, h', w)
+    return (rows.unsqueeze(2) * across).sum(dim=3)
+
+
+def _common(first: int, second: int, device: torch.device) -> Tensor:
+    """What each of some equal parts of a length has in common with each of some others, ``(first, second)``."""
+    start = torch.arange(first, device=device).unsqueeze(1) * second
+    other = torch.arange(second, device=device) * first
+    return (torch.minimum(start + second, other + first) - torch.maximum(start, other)).clamp(min=0)
 
 
 def rows_of(

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import timm_apvit.patching.cnn
 import timm_apvit.patching.families  # noqa: F401  registers them, as the line above does
-from timm_apvit.patching.anchors import Layout, NumPatches, resolve_layout
+from timm_apvit.patching.anchors import Layout, NumPatches, divided, resolve_layout
 from timm_apvit.patching.coords import check_number, check_patch_size, check_shape, in_float32, sample_grid, vector_on
 from timm_apvit.patching.geometry import PatchGeometry, footprint, patch_jacobians
 from timm_apvit.patching.localizers import LOCALIZERS, MOST_CROWD, Localizer, Look
@@ -139,7 +139,7 @@ class AdaptivePatching(nn.Module):
 
     def num_levels(self, image_size: tuple[int, int], layout: Layout) -> int:
         """How many mip levels of an image ``(H, W)`` the patches of a layout may be read from."""
-        stretch = 2 if self.localizer.crowd else 1  # see `Rows.divided`
+        stretch = 2 if self.localizer.crowd else 1  # see `divided`
         return num_mip_levels(stretch * self.transform.max_footprint(layout, image_size, self.patch_size), image_size)
 
     def _located(self, image: Tensor, look: Look, layout: Layout) -> PatchGeometry:
@@ -154,12 +154,8 @@ class AdaptivePatching(nn.Module):
                     f'expected a localizer with a density to have no window, and a crowd within (0, {MOST_CROWD}], got '
                     f'{"one" if window is not None else "none"}, and {self.localizer.crowd}'
                 )
-            if len(layout.grids) > 1:
-                raise ValueError(
-                    f'expected num_patches of one grid for patches that crowd, got {len(layout.grids)} grids'
-                )
             check_shape('the density of the localizer', look.density, (image.shape[0], *look.density.shape[-2:]))
-            anchors = layout.grids[0].divided(self._exposed_density(look.density))
+            anchors = divided(layout, self._exposed_density(look.density))
         started = anchors if window is not None or look.density is not None else None
         parameters = self.localizer(look, anchors)
         for name, width in self.transform.fields.items():

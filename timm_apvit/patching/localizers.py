@@ -29,7 +29,7 @@ class Look(NamedTuple):
         saliency: logits of where it looks, ``(B, h, w)`` over the image, to be drawn; None: it does not say.
         logits: its own answer, ``(B, classes)``, which is added to that of the ViT; None: it has none.
         density: how many patches each place of the image is to have, relative to others, ``(B, h, w)``, at least 0: the
-            anchors crowd there, and tile the image still (`timm_apvit.patching.anchors.Rows.divided`); None: they stay
+            anchors crowd there, and tile the image still (`timm_apvit.patching.anchors.divided`); None: they stay
             where the layout has them.
     """
 
