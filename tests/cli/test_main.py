@@ -132,9 +132,13 @@ def test_bash_completes_commands_options_and_files(tmp_path, capsys):
     (tmp_path / 'photo.jpg').touch()
     offered = [
         completions(tmp_path / 'completion', PROGRAM, *words)
-        for words in (['fi'], ['evaluate', '--num-p'], ['show', 'pho'], ['run', 'compl'], ['evaluate', '--amp', ''])
-    ]
-    assert offered == [{'finetune'}, {'--num-patches'}, {'photo.jpg'}, {'completion'}, {'bfloat16', 'float16'}]
+        for words in (
+            ['fi'], ['evaluate', '--num-p'], ['show', 'pho'], ['run', 'compl'], ['evaluate', '--amp', ''],
+            ['finetune', '--teacher', 'ph'],
+        )
+    ]  # fmt: skip
+    expected = [{'finetune'}, {'--num-patches'}, {'photo.jpg'}, {'completion'}, {'bfloat16', 'float16'}, {'photo.jpg'}]
+    assert offered == expected
 
 
 def test_rejects_completion_without_shtab(monkeypatch, capsys):

@@ -7,7 +7,7 @@ from typing import Any
 
 SHELLS = ('bash', 'zsh', 'tcsh')
 # Metavars of what may be a file or a folder.
-_PATHS = {'DATA', 'DIR', 'FILE', 'FILE.csv', 'FILE.gif', 'IMAGE', 'MODEL', 'NAME|FILE|self', 'PATH', 'SCRIPT'}
+_PATHS = {'DATA', 'DIR', 'FILE', 'FILE.csv', 'FILE.gif', 'IMAGE', 'MODEL', 'NAME|DIR|FILE|self', 'PATH', 'SCRIPT'}
 
 
 def add_completion_argument(parser: argparse.ArgumentParser, complete: Callable[[], argparse.ArgumentParser]) -> None:

@@ -142,6 +142,8 @@ def load_evaluated(given: dict[str, Any], other: str | None = None) -> Evaluated
         of_run = run.num_patches if run is not None and other is None else None
         budgets = given.get('num_patches') or of_run or (own_budget,)
         check_budgets(budgets, data_config['input_size'][1] * data_config['input_size'][2])
+        for budget in budgets:  # that it can have them
+            model.set_num_patches(budget)
     elif other is None and 'num_patches' in given:
         raise ValueError(f'expected an APViT for --num-patches, got {name!r}, which is a {type(model).__name__}')
     else:

@@ -78,7 +78,7 @@ def prepare(given: dict[str, Any]) -> Callable[[], None]:
     kept: dict[str, Path] = {}
     if 'animate' in given and (budgets is None or len(budgets) == 1):
         kept = kept_snapshots(given['model'])
-        if not kept and budgets is None and (Path(given['model']) / CONFIG_FILE).is_file():
+        if not kept and budgets is None and (run_folder(given['model']) / CONFIG_FILE).is_file():
             _logger.warning('%s kept no --snapshots: the animation is over numbers of patches.', given['model'])
         if not kept and budgets is not None:
             raise ValueError(
@@ -146,9 +146,14 @@ def draw(
     return drawn
 
 
+def run_folder(name: str) -> Path:
+    """The folder that a run's name would be."""
+    return Path(name.removeprefix('local-dir:'))
+
+
 def kept_snapshots(name: str) -> dict[str, Path]:
     """Models that a run kept of its training, at most `MOST_FRAMES`, evenly apart; none where it kept no others."""
-    run = Path(name.removeprefix('local-dir:'))
+    run = run_folder(name)
     found = [path.parent for path in sorted((run / VERSIONS).glob('[!.]*/config.json'))]
     frames = min(len(found), MOST_FRAMES)
     if frames < 2 or not read_mapping(run / CONFIG_FILE).get('snapshots'):

@@ -16,7 +16,7 @@ from timm_apvit.finetuning.models import check_checkpoint, folder_of, is_of_a_vi
 from timm_apvit.finetuning.report import display_name
 from timm_apvit.finetuning.samples import BatchSplit
 from timm_apvit.finetuning.settings import FIELDS, SELF, Settings
-from timm_apvit.finetuning.sources import check_data, is_path
+from timm_apvit.finetuning.sources import EMBEDDED_SAMPLES, EMBEDDED_TEST_SAMPLES, check_data, is_path
 from timm_apvit.finetuning.values import Budget, count, flag
 
 # What trains without any argument: a model small enough for a CPU on images that need no network.
@@ -90,6 +90,8 @@ def with_defaults(settings: Settings) -> Settings:
         'lr': 2e-4 if fine_tuned else 1e-3,
         'layer_decay': 0.75 if fine_tuned else 1.0,
         'warmup': epochs / (10 if fine_tuned else 5),
+        'samples': EMBEDDED_SAMPLES if embedded else None,
+        'test_samples': EMBEDDED_TEST_SAMPLES if embedded else None,
     }
     changes.update({name: value for name, value in filled.items() if getattr(settings, name) is None})
     return replace(settings, **changes)
@@ -179,19 +181,15 @@ def check_budgets(budgets: Sequence[Budget] | None, pixels: int) -> None:
 
 def _with_absolute_paths(given: dict[str, Any]) -> dict[str, Any]:
     """Options whose paths hold in any folder, so that --resume does; a folder of a model is taken for the model."""
-    for name in ('model', 'teacher'):
-        value = given.get(name)
-        if value is None or value == SELF or (name == 'teacher' and Path(value).is_file()):
-            continue
-        if (folder := folder_of(value)) is not None:
-            given = {**given, name: f'local-dir:{folder.absolute()}'}
     names = [name for name in ('data', 'data_dir', 'class_map', 'checkpoint') if given.get(name) is not None]
     paths = [name for name in names if (is_path(given[name]) if name == 'data' else not ADDRESS.match(given[name]))]
     absolute = {name: str(Path(given[name]).resolve()) for name in paths}
     for name in ('model', 'teacher'):
-        source, colon, path = str(given.get(name)).partition(':')
-        if source == 'local-dir' and colon:
-            absolute[name] = f'local-dir:{Path(path).absolute()}'  # whatever its links come to mean
-        elif name == 'teacher' and Path(source).is_file():
-            absolute[name] = str(Path(source).resolve())
+        value = given.get(name)
+        if value is None or (name == 'teacher' and value == SELF):
+            continue
+        if name == 'teacher' and Path(value).is_file():
+            absolute[name] = str(Path(value).resolve())
+        elif (folder := folder_of(value)) is not None:
+            absolute[name] = f'local-dir:{folder.absolute()}'  # whatever its links come to mean
     return {**given, **absolute}

@@ -122,6 +122,8 @@ def load_run(settings: Settings, directory: Path, accelerator: Any) -> Run:
     torch.manual_seed(settings.seed)
     start = start_model(source, len(splits.label_names), weights=not begun)
     model = with_images(start.model, settings)
+    for budget in sorted(settings.num_patches or (), key=count):  # that it can have them, the most at last
+        model.set_num_patches(budget)
     teacher = create_teacher(settings, start, data_config)
     baseline = create_baseline(model) if settings.twin else None
     notes = () if states[0] is not None else start.notes
@@ -136,8 +138,9 @@ def load_run(settings: Settings, directory: Path, accelerator: Any) -> Run:
 def glance_note(model: APViT, epochs: int | None) -> str:
     """That the model glances, and whether it is fitted first."""
     first = f', fitted first for {epochs} epochs' if epochs else ''
+    how = 'crowd at' if glance_of(model).crowd else 'close in on'
     return (
-        f'the patches close in on what a glance of the first {glance_of(model).blocks} blocks finds{first} '
+        f'the patches {how} what a glance of the first {glance_of(model).blocks} blocks finds{first} '
         '(--localizer cnn: they move one by one)'
     )
 

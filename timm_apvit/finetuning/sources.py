@@ -84,7 +84,7 @@ def check_data(settings: Settings) -> None:
     if settings.data is None:
         needless, what = given - IMAGES, 'embedded digits, made as they are'
     elif kind is None:
-        needless, what = given & (OF_TIMM_DATASETS | {'data_dir'}), 'a folder'
+        needless, what = given & (OF_TIMM_DATASETS | {'data_dir'}), 'a folder or an address'
     else:
         of_others = (OF_STREAMS if kind not in STREAMS else set()) | (KEYS if kind == 'torch' else set())
         needless, what = given & (of_others | {'multi_label'}), settings.data

@@ -207,11 +207,12 @@ def _usage(model: APViT, name: str, label_names: Sequence[str] | None) -> str:
         lines.append(f'print({best})')
     else:
         lines.append('    features = model(image)')
-    lines += [
-        '',
-        f'model.set_num_patches({max(1, model.num_patches // 2)})  # or any other number, of the same weights',
-        'geometry = model.patch_geometry(image)  # where the patches lie',
-    ]
+    lines.append('')
+    if not crowds(model):
+        lines.append(
+            f'model.set_num_patches({max(1, model.num_patches // 2)})  # or any other number, of the same weights'
+        )
+    lines.append('geometry = model.patch_geometry(image)  # where the patches lie')
     return _fenced('pip install timm-apvit', 'sh') + '\n\n' + _fenced('\n'.join(lines), 'python')
 
 
@@ -222,11 +223,16 @@ def _facts(model: APViT) -> str:
     rows = [
         ('architecture', _code(str(model.pretrained_cfg.get('architecture', 'APViT')))),
         ('parameters', f'{sum(parameter.numel() for parameter in model.parameters()) / 1e6:.1f} M'),
-        ('patches', f'{model.num_patches}, or any other number'),
+        ('patches', f'{model.num_patches}, or any other {"even grid" if crowds(model) else "number"}'),
         ('image', f'{height} x {width} pixels, {model.patch_embed.patching.in_chans} channels'),
         *((_code(key), _code(str(value))) for key, value in arguments.items()),
     ]
     return '\n'.join(['| | |', '|---|---|', *(f'| {key} | {value} |' for key, value in rows)])
+
+
+def crowds(model: APViT) -> bool:
+    """Whether the patches crowd, which not any number of them can."""
+    return bool(model.patch_embed.patching.localizer.crowd)
 
 
 def _limits(model: APViT, base: str | None, details: CardDetails) -> str:

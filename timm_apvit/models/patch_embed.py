@@ -15,7 +15,7 @@ from timm_apvit.patching.geometry import PatchGeometry
 from timm_apvit.patching.layer import AdaptivePatching
 from timm_apvit.patching.layers import ZeroLinear
 
-# What a patch covers, and where it started from.
+# What a patch covers, and the window.
 GEOMETRY_FEATURES = 7 + 3
 # What an adaptive embedding has of the one that it was made of.
 SIZES = ('img_size', 'patch_size', 'grid_size', 'num_patches')
@@ -28,8 +28,8 @@ class PatchTokens(NamedTuple):
     Attributes:
         tokens: ``(B, N, D)``.
         geometry: where their patches lie.
-        positions: centres (x, y) in the frame in which the ViT is to be told them, that of the layout: a pretrained ViT
-            knows crops, and images that are drawn out of shape, as whole ones, ``(B, N, 2)``.
+        positions: centres (x, y) as the ViT is to be told them, ``(B, N, 2)``: as if the window, if there is one, were
+            the image, for a pretrained ViT knows crops as whole images.
         layout: of the anchors; the position embedding is to be resampled to its grids before it is read: large cells
             would alias it, as they would alias the image.
         base_grid: ``(gh, gw)`` of cells in which positions are told to a rotary embedding.
@@ -106,13 +106,13 @@ class AdaptivePatchEmbed(PatchEmbed):  # type: ignore[misc]
     def set_num_patches(self, num_patches: NumPatches | None) -> None:
         """Take so many patches from now on; None: the base grid, or the input's with ``dynamic_img_size``."""
         requested = None if num_patches is None else check_num_patches(num_patches)
-        if requested is not None and self.patching.localizer.crowd:
-            even_grid(resolve_layout(requested, tuple(self.grid_size)))
         self._update_layout(requested)
         self.requested = requested
 
     def _update_layout(self, requested: Any) -> None:
         wanted = resolve_layout(tuple(self.grid_size) if requested is None else requested, tuple(self.grid_size))
+        if requested is not None and self.patching.localizer.crowd:
+            even_grid(wanted)
         self.patching.layout = wanted
         self.layout = None if requested is None and self.follows_input else wanted
 

@@ -11,7 +11,6 @@ from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from timm_apvit.patching.coords import cell_centres, check_counts, check_number
@@ -177,7 +176,8 @@ register_layout('coarse_fine', CoarseFine)
 def even_grid(layout: Layout) -> tuple[int, int]:
     """Rows and columns of a layout that is one grid of an even number of either, as `divided` needs; or ValueError."""
     rows, columns = layout.grids[0].grid
-    if len(layout.grids) > 1 or rows * columns != layout.num_patches or rows % 2 or columns % 2:
+    is_grid = type(layout).anchors is Layout.anchors and len(layout.grids) == 1 and rows * columns == layout.num_patches
+    if not is_grid or rows % 2 or columns % 2:
         raise ValueError(
             'expected num_patches of one grid with an even number of rows and of columns for patches that crowd, such '
             f'as (8, 8), got {layout.num_patches} in {" and ".join(str(each.rows) for each in layout.grids)} rows'
@@ -195,7 +195,7 @@ def divided(layout: Layout, density: Tensor) -> Anchors:
 
     Args:
         layout: an `even_grid`.
-        density: over the image, ``(B, h, w)``, above 0.
+        density: over the image, ``(B, h, w)``, above 0 and finite; no gradient reaches it.
 
     Raises:
         ValueError: another layout.
@@ -204,11 +204,14 @@ def divided(layout: Layout, density: Tensor) -> Anchors:
     sizes = [(rows * 2**level // 2, columns * 2**level // 2) for level in range(4)]
     held = [_held(density, sizes[2])]
     for _ in range(2):
-        held.insert(0, 4 * F.avg_pool2d(held[0], 2))
+        pairs = held[0][:, ::2] + held[0][:, 1::2]
+        held.insert(0, pairs[..., ::2] + pairs[..., 1::2])
     # A leaf holds less than what it is a part of, so the largest of all of them are what is divided.
     every = torch.cat([each.flatten(1) for each in held], dim=1)
-    largest = every.topk(layout.num_patches // 4, dim=1).indices.unsqueeze(2)
-    chosen = (largest == torch.arange(every.shape[1], device=device)).any(dim=1)
+    # Many hold the same, as a density may be coarser: the first of them, which no device and no export changes.
+    first = 1 + torch.arange(every.shape[1], 0, -1, device=device) * 2.0**-20
+    largest = (every * first).topk(layout.num_patches // 4, dim=1).indices
+    chosen = torch.zeros_like(every, dtype=torch.bool).scatter(1, largest, True)
     is_there, leaves = torch.ones_like(held[0], dtype=torch.bool), []
     for each, own in zip(held, torch.split(chosen, [h * w for h, w in sizes[:3]], dim=1), strict=True):
         parts = own.reshape(each.shape)
@@ -218,6 +221,7 @@ def divided(layout: Layout, density: Tensor) -> Anchors:
     index = (leaf * torch.arange(leaf.shape[1], 0, -1, device=device)).topk(layout.num_patches, dim=1).indices
     tiles = [Rows(h * w, h).anchors(device) for h, w in sizes]
     centres, extents = (torch.cat(each)[index] for each in zip(*(tile[:2] for tile in tiles), strict=True))
+    centres = centres + 0 * density.sum(dim=(1, 2))[:, None, None]  # what is no number is to tell of itself
     return Anchors(centres, extents, layout.anchors(device).motion)
 
 

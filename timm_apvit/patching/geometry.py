@@ -33,7 +33,7 @@ class PatchGeometry(NamedTuple):
         window: centre (x, y) and half-extent of where the anchors were put, ``(B, 3)``; None: all of the image. Where
             an image is padded or cropped to whole patches, this and the saliency are of what the patches tile.
         started: the anchors that the patches start from, ``(B, N, 2)`` each, where they lie in a window or
-            crowd; None: those of the layout, in whose order patches that crowd are not.
+            crowd; None: those of the layout. Of a crowd they are in an order of their own.
         logits: what the localiser answers by itself, ``(B, classes)``; None: nothing.
         perspective: v of the projective warp ``u / (1 + v . u)``, ``(B, N, 2)``; None: there is none.
         spline: coefficients of a thin-plate spline's displacements, ``(B, N, 19, 2)``: of 16 kernels, of 1, x and y;
@@ -70,8 +70,8 @@ class PatchGeometry(NamedTuple):
 
     def moves(self, anchors: Anchors) -> Tensor:
         """How far centres are from where they started, ``(B, N, 2)``, as if the window, if any, were the image."""
-        started = anchors if self.window is not None or self.started is None else self.started
-        return self.in_layout(anchors)[0] - started.centres
+        moved = self.centres - (self.started or anchors).centres
+        return moved if self.window is None else moved / self.window[:, None, 2:]
 
     def in_frame(self, own: tuple[int, int], other: tuple[int, int]) -> 'PatchGeometry':
         """The same patches in an image of another size ``(H, W)``, that has the same top-left corner and pixels."""

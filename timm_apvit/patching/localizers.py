@@ -15,7 +15,7 @@ from timm_apvit.patching.anchors import Anchors
 from timm_apvit.patching.parts import Parts
 from timm_apvit.patching.transforms import TRANSFORMS
 
-# Beyond it what is left for the rest of the image is nothing to see by.
+# Below 1 all of the image has some of the density, and what holds a part of it more than that part.
 MOST_CROWD = 0.9
 
 
@@ -30,7 +30,7 @@ class Look(NamedTuple):
         logits: its own answer, ``(B, classes)``, which is added to that of the ViT; None: it has none.
         density: how many patches each place of the image is to have, relative to others, ``(B, h, w)``, at least 0: the
             anchors crowd there, and tile the image still (`timm_apvit.patching.anchors.divided`); None: they stay
-            where the layout has them.
+            where the layout has them. No gradient reaches it: teach it by its saliency.
     """
 
     memory: Any

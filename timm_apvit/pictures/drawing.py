@@ -21,7 +21,7 @@ from matplotlib.ticker import MaxNLocator
 from PIL import Image
 from torch import Tensor
 
-from timm_apvit.pictures.views import PatchView, finest, mosaic
+from timm_apvit.pictures.views import PatchView, finest, leaf_mosaic, mosaic
 
 Array = np.ndarray[Any, Any]
 
@@ -88,6 +88,9 @@ def panel_aspect(view: PatchView) -> float:
 
 def colours_in_order(view: PatchView) -> list[Any]:
     """A colour for each patch, by its place: neighbours along a row and along a column differ."""
+    if view.leaves is not None:
+        places = ((view.leaves[0] + 1) / (2 * view.leaves[1])).long().tolist()
+        return [PALETTE[(column + 3 * row) % len(PALETTE)] for column, row in places]
     return [
         PALETTE[(column + 3 * row) % len(PALETTE)]
         for grid in view.layout.grids
@@ -120,8 +123,10 @@ def draw_fixed(axis: Any, view: PatchView) -> None:
 
 def draw_adaptive(axis: Any, view: PatchView, colours: Sequence[Any]) -> None:
     """The adaptive patches of the finest grid, each in the place of its anchor, framed in the colour of its outline."""
-    _show(axis, view, mosaic(view.patches, view.layout).numpy())
-    cells, (_, first) = _cells(view, inset=0.05), finest(view.layout)
+    leaves = view.leaves
+    pixels = mosaic(view.patches, view.layout) if leaves is None else leaf_mosaic(view.patches, *leaves)
+    _show(axis, view, pixels.numpy())
+    cells, (_, first) = _cells(view, inset=0.05, anchors=leaves), finest(view.layout)
     axis.add_collection(
         LineCollection(list(cells), colors=list(colours[first : first + len(cells)]), linewidths=_thickness(view))
     )
@@ -231,9 +236,10 @@ def _show(axis: Any, view: PatchView, pixels: Array, **kwargs: Any) -> Any:
     return shown
 
 
-def _cells(view: PatchView, inset: float) -> Array:
-    """Rectangles of the anchors in pixels, smaller by a share: ``(N, 5, 2)``."""
-    centres, extents = (points.numpy() for points in finest(view.layout)[0].anchors(torch.device('cpu'))[:2])
+def _cells(view: PatchView, inset: float, anchors: tuple[Tensor, Tensor] | None = None) -> Array:
+    """Rectangles of anchors in pixels, those of the layout if none are given, smaller by a share: ``(N, 5, 2)``."""
+    own = anchors or finest(view.layout)[0].anchors(torch.device('cpu'))[:2]
+    centres, extents = (points.numpy() for points in own)
     corners = np.array(_rectangle(-1, -1, 1, 1))
     size = np.array([view.pixels.shape[1], view.pixels.shape[0]])
     points: Array = (centres[:, None] + (1 - inset) * extents[:, None] * corners + 1) / 2 * size

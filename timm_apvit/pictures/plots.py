@@ -217,6 +217,9 @@ def default_budgets(model: APViT) -> list[NumPatches]:
     """A sixteenth, a quarter, half and all of the patches of a model, as far as these differ."""
     own: int = model.num_patches
     budgets: list[NumPatches] = [n for n in dict.fromkeys((own // 16, own // 4, own // 2)) if 1 <= n < own]
+    if model.patch_embed.patching.localizer.crowd:
+        rows, columns = model.patch_embed.layout.grids[0].grid
+        budgets = [(rows // n, columns // n) for n in (4, 2) if not (rows % (2 * n) or columns % (2 * n))]
     return [*budgets, model.patch_embed.requested or own]
 
 

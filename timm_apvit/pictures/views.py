@@ -31,6 +31,7 @@ class PatchView(NamedTuple):
         outlines: closed, clockwise from the patch's own top-left corner, ``(N, 4 * POINTS_PER_SIDE + 1, 2)``.
         centres: ``(N, 2)``.
         window: outline of where the anchors were put, ``(5, 2)``; None: all over the image.
+        leaves: of a quadtree, centres and half-extents ``(N, 2)`` that the patches started from; None: no crowd.
         attention: that each patch receives, 1 being an even share, ``(N,)``; None: not asked for.
     """
 
@@ -41,6 +42,7 @@ class PatchView(NamedTuple):
     outlines: Tensor
     centres: Tensor
     window: Tensor | None
+    leaves: tuple[Tensor, Tensor] | None
     attention: Tensor | None
 
 
@@ -84,6 +86,7 @@ def view_patches(
     if geometry.window is not None:
         corners = canvas.new_tensor([[-1, -1], [1, -1], [1, 1], [-1, 1], [-1, -1]])
         window = _in_pixels(geometry.window[0, :2] + geometry.window[0, 2] * corners, size)
+    crowd = None if geometry.started is None or window is not None else geometry.started
     mean, std = statistics_of(model)
     return PatchView(
         pixels=_shown(canvas[0], mean, std),
@@ -93,6 +96,7 @@ def view_patches(
         outlines=_in_pixels(geometry.outlines(POINTS_PER_SIDE)[0], size),
         centres=_in_pixels(geometry.centres[0], size),
         window=window,
+        leaves=None if crowd is None else (crowd.centres[0].cpu(), crowd.extents[0].cpu()),
         attention=None if received is None else received.cpu() * len(received),
     )
 
@@ -136,6 +140,18 @@ def mosaic(patches: Tensor, layout: Layout) -> Tensor:
         repeated = (torch.arange(total) * 2 + 1) * strip.shape[1] // (2 * total)
         strips.append(strip[:, repeated].repeat_interleave(total // longest, dim=0))
     return torch.cat(strips)
+
+
+def leaf_mosaic(patches: Tensor, centres: Tensor, extents: Tensor) -> Tensor:
+    """Put patches that crowd back together, each on its leaf: as `mosaic`, for leaves ``(N, 2)`` of a quadtree."""
+    _, height, width, _ = patches.shape
+    cells = (1 / extents.amin(dim=0)).round().long()  # (x, y) of the smallest leaf
+    image = patches.new_zeros(int(cells[1]) * height, int(cells[0]) * width, 3)
+    corners, sizes = ((centres - extents + 1) / 2 * cells).round().long(), (extents * cells).round().long()
+    for patch, (left, top), (across, down) in zip(patches, corners.tolist(), sizes.tolist(), strict=True):
+        pixels = patch.repeat_interleave(down, dim=0).repeat_interleave(across, dim=1)
+        image[top * height : (top + down) * height, left * width : (left + across) * width] = pixels
+    return image
 
 
 def finest(layout: Layout) -> tuple[Rows, int]:
