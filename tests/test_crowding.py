@@ -1,6 +1,7 @@
 """Patches that crowd where a glance says, and tile the image still."""
 
 import math
+import warnings
 
 import pytest
 import timm
@@ -101,6 +102,11 @@ def test_rejects_numbers_of_patches_that_are_no_even_grid(num, message):
     with pytest.raises(ValueError, match=message):
         model.set_num_patches(num)
     assert model.num_patches == 36
+    model.set_input_size((64, 160))  # 36 in four rows
+    with pytest.raises(ValueError, match='got 36 in 4 rows'):
+        model(torch.randn(1, 3, 64, 160))
+    model.set_input_size(96)
+    model(torch.randn(1, 3, 96, 96))
     odd = create(localizer={'name': 'glance', 'crowd': CROWD}, img_size=80)  # whose own grid is 5 x 5
     with pytest.raises(ValueError, match='got 25 in 5 rows'):
         odd(torch.randn(1, 3, 80, 80))
@@ -301,6 +307,7 @@ def test_pictures_show_each_patch_in_its_leaf():
     small = nn.functional.interpolate(shown.movedim(2, 0)[None], (96, 96), mode='area')[0].movedim(0, 2)
     assert (small - view.pixels).abs().max() < 0.05
     assert default_budgets(timm.create_model('test_apvit', **{**CROWDING, 'num_patches': 64})) == [(2, 2), (4, 4), 64]
+    assert default_budgets(timm.create_model('test_apvit', **{**CROWDING, 'num_patches': None})) == [(2, 2), (4, 4), 36]
     assert 'set_num_patches' not in model_card(model, 'me/crowd')
     assert '| patches | 36, or any other even grid |' in model_card(model, 'me/crowd')
 
@@ -313,6 +320,10 @@ def test_it_comes_back_compiles_and_exports(tmp_path):
     again = timm.create_model(f'local-dir:{tmp_path}', pretrained=True).eval()
     torch.testing.assert_close(again(x), model(x))
     torch.testing.assert_close(torch.compile(model, backend='eager', fullgraph=True)(x), model(x))
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')  # of what a trace makes constant
+        traced = torch.jit.trace(model, x)
+    torch.testing.assert_close(traced(x[[1, 0]]), model(x[[1, 0]]))
     # Checked, on batches of several sizes; onnxruntime breaks ties in a way of its own.
     export_model(model, tmp_path / 'model.pt2')
     pytest.importorskip('onnxruntime')

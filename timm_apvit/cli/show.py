@@ -21,6 +21,7 @@ from timm_apvit.finetuning.values import number, parse_num_patches
 from timm_apvit.models.mixin import APViT
 from timm_apvit.pictures.figures import PANELS, check_picture, load_drawing
 from timm_apvit.pictures.plots import COLOURED_BY, animate, animate_training, compare, plot_patches, read_images
+from timm_apvit.pictures.views import at_rest
 
 DPI = 150
 MOST_FRAMES = 48  # of an animation over a training
@@ -85,6 +86,9 @@ def prepare(given: dict[str, Any]) -> Callable[[], None]:
                 f'expected several numbers of patches to animate, or a run with --snapshots, got {budgets[0]}'
             )
     model = load(given)
+    for budget in budgets or ():  # that it can have them
+        with at_rest(model, budget):
+            pass
     images = read_images(model, paths, given.get('img_size'))
     style: dict[str, Any] = {key: given[key] for key in ('panels', 'color_by') if key in given}
     style['titles'] = [Path(path).name for path in paths]

@@ -106,13 +106,13 @@ class AdaptivePatchEmbed(PatchEmbed):  # type: ignore[misc]
     def set_num_patches(self, num_patches: NumPatches | None) -> None:
         """Take so many patches from now on; None: the base grid, or the input's with ``dynamic_img_size``."""
         requested = None if num_patches is None else check_num_patches(num_patches)
+        if requested is not None and self.patching.localizer.crowd:
+            even_grid(resolve_layout(requested, tuple(self.grid_size)))
         self._update_layout(requested)
         self.requested = requested
 
     def _update_layout(self, requested: Any) -> None:
         wanted = resolve_layout(tuple(self.grid_size) if requested is None else requested, tuple(self.grid_size))
-        if requested is not None and self.patching.localizer.crowd:
-            even_grid(wanted)
         self.patching.layout = wanted
         self.layout = None if requested is None and self.follows_input else wanted
 

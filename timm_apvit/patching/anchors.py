@@ -211,7 +211,7 @@ def divided(layout: Layout, density: Tensor) -> Anchors:
     # Many hold the same, as a density may be coarser: the first of them, which no device and no export changes.
     first = 1 + torch.arange(every.shape[1], 0, -1, device=device) * 2.0**-20
     largest = (every * first).topk(layout.num_patches // 4, dim=1).indices
-    chosen = torch.zeros_like(every, dtype=torch.bool).scatter(1, largest, True)
+    chosen = torch.zeros_like(every).scatter(1, largest, 1.0) > 0
     is_there, leaves = torch.ones_like(held[0], dtype=torch.bool), []
     for each, own in zip(held, torch.split(chosen, [h * w for h, w in sizes[:3]], dim=1), strict=True):
         parts = own.reshape(each.shape)

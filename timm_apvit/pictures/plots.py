@@ -214,12 +214,13 @@ def _film(
 
 
 def default_budgets(model: APViT) -> list[NumPatches]:
-    """A sixteenth, a quarter, half and all of the patches of a model, as far as these differ."""
+    """A sixteenth, a quarter, half (unless they crowd) and all of the patches of a model, as far as these differ."""
     own: int = model.num_patches
     budgets: list[NumPatches] = [n for n in dict.fromkeys((own // 16, own // 4, own // 2)) if 1 <= n < own]
     if model.patch_embed.patching.localizer.crowd:
-        rows, columns = model.patch_embed.layout.grids[0].grid
-        budgets = [(rows // n, columns // n) for n in (4, 2) if not (rows % (2 * n) or columns % (2 * n))]
+        grid = model.patch_embed.patching.layout.grids[0].grid  # of which the nearest even ones are taken
+        fewer = dict.fromkeys(tuple(2 * max(1, round(side / (2 * n))) for side in grid) for n in (4, 2))
+        budgets = [each for each in fewer if each[0] * each[1] < own]
     return [*budgets, model.patch_embed.requested or own]
 
 
