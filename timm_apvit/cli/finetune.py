@@ -18,8 +18,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def prepare(given: dict[str, Any]) -> Callable[[], None]:
     """Prepare a run: fine-tune a model, and push it if that is asked for."""
-    if 'model_kwargs' in given:
-        given = {**given, 'model_kwargs': dict(given['model_kwargs'])}
     run = prepare_run(given)
 
     def work() -> None:

@@ -74,6 +74,8 @@ def _read(path: Path, name: str, value: Any) -> Any:
 def with_config(given: dict[str, Any]) -> dict[str, Any]:
     """Options of the command line with those of its ``config``, if it has one; where both say something it wins."""
     own = {name: value for name, value in given.items() if name != 'config'}
+    if 'model_kwargs' in own:
+        own['model_kwargs'] = dict(own['model_kwargs'])  # of pairs, on the command line
     if given.get('config') is None:
         return own
     if own.get('resume') is not None:
