@@ -21,6 +21,11 @@ from timm_apvit.pictures.images import image_config
 torch.set_num_threads(1)
 
 DINOV2 = 'vit_small_patch14_dinov2.fp16.safetensors'
+CROWD = 0.6
+# Arguments of a model whose patches crowd.
+CROWDING: dict[str, Any] = {
+    'localizer': {'name': 'glance', 'crowd': CROWD, 'grid': 6}, 'num_patches': 36, 'img_size': 96,
+}  # fmt: skip
 
 
 @pytest.fixture(autouse=True)

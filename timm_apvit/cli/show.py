@@ -13,7 +13,7 @@ from torch import Tensor
 from timm_apvit.cli.options import add_model, add_shared, load
 from timm_apvit.files import check_writable, write_atomically
 from timm_apvit.finetuning.checkpoints import VERSIONS
-from timm_apvit.finetuning.config import read_mapping
+from timm_apvit.finetuning.config import read_mapping, run_folder
 from timm_apvit.finetuning.image_files import images_below
 from timm_apvit.finetuning.models import load_model
 from timm_apvit.finetuning.settings import CONFIG_FILE
@@ -148,11 +148,6 @@ def draw(
                 animate_training(models, images, first, **style) if kept else animate(model, images, budgets, **style)
             )
     return drawn
-
-
-def run_folder(name: str) -> Path:
-    """The folder that a run's name would be."""
-    return Path(name.removeprefix('local-dir:'))
 
 
 def kept_snapshots(name: str) -> dict[str, Path]:

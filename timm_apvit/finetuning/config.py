@@ -103,9 +103,14 @@ def resumed_settings(directory: Path, given: dict[str, Any]) -> Settings:
     return Settings(**{**own, **{name: given[name] for name in free}})
 
 
+def run_folder(name: str) -> Path:
+    """The folder that a model's name would be if it stands for a run."""
+    return Path(name.removeprefix('local-dir:'))
+
+
 def settings_of_run(name: str) -> Settings | None:
     """Settings of the run that a model's name stands for; None: it is none."""
-    directory = Path(name.removeprefix('local-dir:'))
+    directory = run_folder(name)
     return resumed_settings(directory, {}) if (directory / CONFIG_FILE).is_file() else None
 
 
