@@ -209,7 +209,7 @@ CHECKS: dict[str, Callable[[Setting], Found]] = {
     'gradients': lambda setting: gradients(setting, 'cnn', False),
     'gradients, localiser': lambda setting: gradients(setting, 'cnn', True),
     'gradients, glance': lambda setting: gradients(setting, 'glance', True),
-    'gradients, crowd': lambda setting: gradients(setting, {'name': 'glance', 'crowd': 0.7}, True, 100),
+    'gradients, crowd': lambda setting: gradients(setting, 'saliency', True, 100),
     'deterministic': deterministic,
     'bfloat16': lambda setting: half(setting, torch.bfloat16),
     'float16': lambda setting: half(setting, torch.float16),

@@ -13,18 +13,16 @@ import itertools
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import segmentation_models_pytorch as smp
 import torch
 import torch.nn.functional as F
-from contestants import SCRATCH
-from dense_scores import detected, segmented
+from dense_scores import segmented
+from dense_tasks import TASKS, Task, Taught, batches, wanted_places
 from environment import counted, write_report
-from fashion import NAMES, load_several
-from photographs import CATEGORIES, TEST_SEED, Places, Populated, Scene
+from photographs import TEST_SEED, Places
 from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 from torch.utils.flop_counter import FlopCounterMode
@@ -36,66 +34,25 @@ from timm_apvit.finetuning.values import number
 from timm_apvit.learning.parameter_groups import param_groups
 from timm_apvit.learning.saliency import fit_saliency, saliency_loss
 from timm_apvit.models.attention import calls_of
+from timm_apvit.pictures.figures import load_drawing
+from timm_apvit.pictures.plots import plot_patches
 
 RESULTS = Path(__file__).parent / 'results'
-SCENE = Scene(areas=(0.005, 0.1))
 NAME = 'apvit_small_patch14_dinov2'
 CONTESTANTS = ('fixed', 'moving', 'crowded')
 
 
-class Task(NamedTuple):
-    """What is to be learnt.
-
-    Attributes:
-        load: a split by name, number of images and seed.
-        side: of an image, in pixels.
-        names: of the classes; 0 is the background.
-        score: of a model in eval mode; the first of its figures is what the task is about.
-        channels: of the pyramid and the decoder.
-        small: share of an image's area; things below are small.
-        passes: over the training images.
-        batch: images of an update.
-        lr: peak learning rate of the ViT; that of all after it is 1e-3.
-        localizer_lr_scale: of the adaptive layers, in that.
-        layer_decay: of the ViT's learning rates.
-        arguments: of ``create_model``; None: the pretrained `NAME`.
-    """
-
-    load: Callable[[str, int, int], Any]
-    side: int
-    names: tuple[str, ...]
-    score: Callable[..., dict[str, float]]
-    channels: int
-    small: float = 0.02
-    passes: int = 4
-    batch: int = 16
-    lr: float = 3e-4
-    localizer_lr_scale: float = 3.0
-    layer_decay: float = 0.75
-    arguments: dict[str, Any] | None = None
-
-
-def populated(split: str, length: int, seed: int) -> Populated:
-    """Things of all categories on photographs."""
-    return Populated(SCENE, split, length, seed)
-
-
-# The other benchmarks' ViT, with six blocks rather than four, as smp has a ``depth`` of its own.
-OF_SCRATCH = {'in_chans': 1, **{name: value for name, value in SCRATCH.items() if name != 'depth'}}
-FROM_SCRATCH: dict[str, Any] = {
-    'small': 0.03, 'passes': 1, 'batch': 32, 'lr': 1e-3, 'localizer_lr_scale': 1.0, 'layer_decay': 1.0,
-    'arguments': OF_SCRATCH,
-}  # fmt: skip
-TASKS = {
-    'segmentation': Task(populated, SCENE.side, CATEGORIES, segmented, 48),
-    'detection': Task(populated, SCENE.side, CATEGORIES, detected, 64),
-    'scratch': Task(load_several, 224, NAMES, segmented, 32, **FROM_SCRATCH),
-    'scratch-detection': Task(load_several, 224, NAMES, detected, 64, **FROM_SCRATCH),
-}
-# Share of what matters that is spread evenly.
-EVEN = 0.05
 # Options that a result records.
-RECORDED = ('images', 'batch', 'lr', 'localizer_lr_scale', 'background', 'saliency_weight', 'model_kwargs')
+RECORDED = (
+    'images',
+    'batch',
+    'lr',
+    'localizer_lr_scale',
+    'background',
+    'saliency_weight',
+    'fit_epochs',
+    'model_kwargs',
+)
 STILL = {'transform': 'translation', 'max_shift': 0.0}
 
 
@@ -105,9 +62,8 @@ def arguments_of(contestant: str, tokens: int) -> dict[str, Any]:
         return {'num_patches': tokens, **STILL}
     if contestant == 'moving':  # each patch by the localisation network, within its bounds
         return {'num_patches': tokens, 'max_shift': 2.0, 'max_zoom': 3.0}
-    # A glance crowds them, and the localisation network does not move them further.
-    glance = {'name': 'glance', 'grid': 10, 'blocks': 3, 'crowd': 0.9}
-    return {'num_patches': tokens, 'localizer': glance, 'max_shift': 0.0, 'max_zoom': 1.0}
+    # They do not move further.
+    return {'num_patches': tokens, 'localizer': 'saliency', 'max_shift': 0.0, 'max_zoom': 1.0}
 
 
 def create(
@@ -134,16 +90,6 @@ def create(
     return FCOS(backbone, classes, anchor_generator=anchors, **size), backbone.vit
 
 
-def batches(samples: Any, epochs: int, batch: int, seed: int) -> Iterator[tuple[Tensor, list[Places]]]:
-    """Images in an order of each epoch's own."""
-    for epoch in range(epochs):
-        samples.epoch = epoch
-        order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(1000 * seed + epoch))
-        for chosen in order.split(batch):
-            images, places = zip(*(samples[index] for index in chosen.tolist()), strict=True)
-            yield torch.stack(images), list(places)
-
-
 def loss_of(task: Task, model: nn.Module, images: Tensor, places: list[Places], background: float) -> Tensor:
     """What is trained on; of a segmentation at a quarter of the resolution, which is that of the decoder.
 
@@ -155,18 +101,6 @@ def loss_of(task: Task, model: nn.Module, images: Tensor, places: list[Places], 
         return F.cross_entropy(logits, torch.stack([each.mask[2::4, 2::4] for each in places]).long(), weights)
     targets = [{'boxes': each.boxes, 'labels': each.labels} for each in places]
     return sum(model(list(images), targets).values(), torch.zeros(()))
-
-
-def wanted_places(places: list[Places]) -> Tensor:
-    """How much cells of stride 16 matter: a part of it evenly, the rest on the things, as much on each."""
-    cells = places[0].mask.shape[0] // 16
-    target = torch.full((len(places), cells, cells), EVEN / cells**2)
-    for each, (mask, boxes, labels) in zip(target, places, strict=True):
-        for (left, top, right, bottom), label in zip(boxes.long().tolist(), labels, strict=True):
-            own = torch.zeros(mask.shape)
-            own[top:bottom, left:right] = (mask[top:bottom, left:right] == label).float()
-            each += (1 - EVEN) / len(boxes) * F.avg_pool2d(own[None], 16)[0] * 256 / own.sum()
-    return target
 
 
 def multiply_adds(task: Task, model: nn.Module) -> float:
@@ -191,8 +125,8 @@ def run(options: argparse.Namespace, contestant: str, tokens: int, seed: int) ->
     calibration = task.load('train', 8 * batch, seed + 1)
     test = task.load('test', options.test_images, TEST_SEED)
     begin = time.perf_counter()
-    if contestant == 'crowded' and options.weights:  # from scratch its tokens tell nothing yet
-        fit_saliency(vit, ((images, wanted_places(places)) for images, places in batches(train, 1, batch, seed)))
+    if contestant == 'crowded':
+        fit_saliency(vit, Taught(train, task.passes, batch, seed), epochs=options.fit_epochs)
     groups = param_groups(vit, options.lr, 0.05, task.layer_decay, options.localizer_lr_scale)
     inside = set(vit.parameters())
     groups.append({'params': [p for p in model.parameters() if p not in inside], 'lr': 1e-3, 'weight_decay': 0.05})
@@ -225,7 +159,16 @@ def run(options: argparse.Namespace, contestant: str, tokens: int, seed: int) ->
             begin = time.perf_counter()
     settings = {name: getattr(options, name) for name in RECORDED}
     facts = {'task': options.task, 'contestant': contestant, 'tokens': tokens, 'seed': seed, 'label': options.label}
+    if options.picture:
+        draw(vit, task.load('test', 4, TEST_SEED), options.picture)
     write_report(path, options.threads, **facts, settings=settings, multiply_adds_millions=round(cost), curve=curve)
+
+
+def draw(vit: nn.Module, samples: Any, picture: Path) -> None:
+    """Draw where the patches lie on photographs, beside a fixed grid."""
+    images = [samples[index][0] * samples.std + samples.mean for index in range(len(samples))]
+    figure = plot_patches(vit, images, panels=('image', 'fixed', 'adaptive', 'outlines'))
+    picture.write_bytes(load_drawing().file_bytes(figure, dpi=60))
 
 
 def report(results: Path, task: str) -> None:
@@ -257,7 +200,7 @@ def main() -> None:
         '--images',
         type=counted,
         default=4_000,
-        help='images seen in a run; photographs are a quarter of them, four times',
+        help='images seen in a run, all different',
     )
     add('--test-images', type=counted, default=300)
     add('--tests', type=counted, default=4, help='times that a run is tested')
@@ -266,9 +209,11 @@ def main() -> None:
     add('--localizer-lr-scale', type=float, help='(default: 3; from scratch 1)')
     add('--background', type=float, default=0.2, help="weight of the background's pixels in a segmentation's loss")
     add('--saliency-weight', type=float, default=0.3, help='of the loss that teaches a glance where things are')
+    add('--fit-epochs', type=counted, default=2, help='over its images, for what says where they matter')
     add('--model-kwargs', type=json.loads, default={}, metavar='JSON', help='further arguments of create_model')
     add('--label', default='', help='of what differs, in the name of its results')
     add('--weights', type=Path, help="DINOv2's ViT-S/14")
+    add('--picture', type=Path, help='of where the patches of a run on photographs lie, on four of the test images')
     add('--threads', type=counted, default=1)
     add('--results', type=Path, default=RESULTS)
     add('--report', action='store_true', help='report only')

@@ -24,7 +24,7 @@ DINOV2 = 'vit_small_patch14_dinov2.fp16.safetensors'
 CROWD = 0.6
 # Arguments of a model whose patches crowd.
 CROWDING: dict[str, Any] = {
-    'localizer': {'name': 'glance', 'crowd': CROWD, 'grid': 6}, 'num_patches': 36, 'img_size': 96,
+    'localizer': {'name': 'saliency', 'crowd': CROWD, 'side': 96, 'width': 16}, 'num_patches': 36, 'img_size': 96,
 }  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Patches that crowd where a glance says, and tile the image still."""
+"""Patches that crowd where it matters, and tile the image still."""
 
 import warnings
 
@@ -13,7 +13,6 @@ from timm_apvit import TRANSFORMS, Localizer, Look, register_localizer
 from timm_apvit.export import export_model
 from timm_apvit.hub.card import model_card
 from timm_apvit.learning.adaptation import adaptation, stood_still
-from timm_apvit.learning.glance import collapsed
 from timm_apvit.learning.saliency import saliency_loss
 from timm_apvit.models.patch_embed import geometry_features
 from timm_apvit.patching.anchors import divided, resolve_layout
@@ -104,22 +103,42 @@ def test_rejects_numbers_of_patches_that_are_no_even_grid(num, message):
         model(torch.randn(1, 3, 64, 160))
     model.set_input_size(96)
     model(torch.randn(1, 3, 96, 96))
-    odd = create(localizer={'name': 'glance', 'crowd': CROWD}, img_size=80)  # whose own grid is 5 x 5
+    odd = create(localizer='saliency', img_size=80)  # whose own grid is 5 x 5
     with pytest.raises(ValueError, match='got 25 in 5 rows'):
         odd(torch.randn(1, 3, 80, 80))
 
 
-@pytest.mark.parametrize('crowd', [-0.1, 0.95, 'all', True])
-def test_rejects_a_crowd_that_is_none(crowd):
-    with pytest.raises(ValueError, match=r'expected crowd to be a finite number within \[0, 0.9\]'):
-        create(localizer={'name': 'glance', 'crowd': crowd})
+@pytest.mark.parametrize(
+    ('options', 'message'),
+    [
+        *(({'crowd': crowd}, r'crowd to be a finite number within \[0, 0.9\]') for crowd in (-0.1, 0.95, 'all', True)),
+        ({'side': 100}, 'side to be a multiple of 32, got 100'),
+        ({'side': 4096}, 'side to be an integer'),
+        ({'width': 8}, 'width to be a multiple of 16, got 8'),
+        ({'width': 0}, 'width to be an integer from 1 to 2048, got 0'),
+    ],
+)
+def test_rejects_options_out_of_range(options, message):
+    with pytest.raises(ValueError, match=f'expected {message}'):
+        create(localizer={'name': 'saliency', **options})
+
+
+def test_cells_are_about_square_and_without_a_crowd_patches_stay():
+    model = randomise(create(localizer={'name': 'saliency', 'crowd': 0.0, 'side': 64, 'width': 16}, num_patches=9))
+    localizer = model.patch_embed.patching.localizer
+    sizes = [(64, 64), (900, 900), (100, 400), (400, 100), (1, 1), (3000, 8)]
+    assert [localizer.size(each) for each in sizes] == [(64, 64), (64, 64), (32, 128), (128, 32), (64, 64), (1248, 32)]
+    assert [localizer.level(each) for each in sizes] == [0, 3, 1, 1, 0, 0]
+    geometry = model.patch_geometry(torch.randn(2, 3, 100, 400))
+    assert geometry.saliency.shape == (2, 4, 16)
+    assert geometry.started is None
 
 
 @pytest.mark.parametrize('training', [False, True])
 @pytest.mark.parametrize('name', ['test_vit', 'test_vit3'])
 def test_a_new_one_is_the_vit(name, training):
     vit = timm.create_model(name).eval()
-    model = timm_apvit.adapt(vit, localizer={'name': 'glance', 'crowd': CROWD}).train(training)
+    model = timm_apvit.adapt(vit, localizer='saliency').train(training)
     x = torch.randn(2, 3, 160, 160)
     torch.testing.assert_close(model(x), vit(x), rtol=0, atol=1e-4)
 
@@ -127,7 +146,7 @@ def test_a_new_one_is_the_vit(name, training):
 @pytest.mark.parametrize('transform', TRANSFORMS)
 def test_patches_start_from_there_and_the_vit_is_told_their_places(transform):
     model = timm.create_model('test_apvit', **CROWDING, transform=transform).eval()
-    nn.init.normal_(model.patch_embed.patching.localizer.classes[-1].weight)
+    nn.init.normal_(model.patch_embed.patching.localizer.score.weight)
     x = torch.randn(3, 3, 96, 96)
     seen = model.patch_embed(x)
     anchors = seen.layout.anchors(CPU)
@@ -215,7 +234,7 @@ def test_rejects_a_localizer_that_does_not_look():
 
 def test_pictures_show_each_patch_in_its_leaf():
     model = timm.create_model('test_apvit', **CROWDING).eval()
-    nn.init.normal_(model.patch_embed.patching.localizer.classes[-1].weight)
+    nn.init.normal_(model.patch_embed.patching.localizer.score.weight)
     y, x = torch.meshgrid(torch.linspace(0, 1, 96), torch.linspace(0, 1, 96), indexing='ij')
     view = view_patches(model, torch.stack([x, y, (x + y) / 2]))
     assert view.leaves[1].unique().numel() > 1
@@ -226,6 +245,15 @@ def test_pictures_show_each_patch_in_its_leaf():
     assert default_budgets(timm.create_model('test_apvit', **{**CROWDING, 'num_patches': None})) == [(2, 2), (4, 4), 36]
     assert 'set_num_patches' not in model_card(model, 'me/crowd')
     assert '| patches | 36, or any other even grid |' in model_card(model, 'me/crowd')
+
+
+def test_it_comes_back_for_grey_images(tmp_path):
+    model = randomise(create(**CROWDING)).eval()
+    timm_apvit.save_pretrained(model, tmp_path)
+    grey = timm.create_model(f'local-dir:{tmp_path}', pretrained=True, in_chans=1).eval()
+    x = torch.randn(2, 1, 96, 96)
+    expected = model.patch_geometry(x.expand(-1, 3, -1, -1)).saliency
+    torch.testing.assert_close(grey.patch_geometry(x).saliency, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.slow
@@ -246,18 +274,8 @@ def test_it_comes_back_compiles_and_exports(tmp_path):
     export_model(model, tmp_path / 'model.onnx')
 
 
-def test_a_glance_that_finds_nothing_is_told():
+def test_what_finds_nothing_is_told():
     x = torch.randn(8, 3, 96, 96)
     model = timm.create_model('test_apvit', **CROWDING)
-    assert collapsed(model, x) == 'The glance finds nothing yet: all places matter alike.'
     assert stood_still(adaptation(model, x))
-    assert collapsed(randomise(model), x) is None
-    assert not stood_still(adaptation(model, x))
-
-
-def test_labels_alone_teach_it():
-    model = timm.create_model('test_apvit', **CROWDING, num_classes=2).train()
-    x, labels = torch.randn(8, 3, 96, 96), torch.arange(8) % 2
-    nn.functional.cross_entropy(model(x), labels).backward()
-    assert model.patch_embed.patching.localizer.classes[-1].weight.grad.abs().sum() > 0
-    assert timm_apvit.fit_glance(model, [(x, labels)] * 2, epochs=2) < 1
+    assert not stood_still(adaptation(randomise(model), x))

@@ -48,8 +48,8 @@ class Told(torch.nn.Module):
 def test_dense_tasks_are_scored():
     for library in ('pycocotools', 'segmentation_models_pytorch', 'torchvision'):
         pytest.importorskip(library)
-    import dense
     import dense_scores
+    import dense_tasks
     from photographs import Places
 
     mask = torch.zeros(64, 64, dtype=torch.uint8)
@@ -68,8 +68,10 @@ def test_dense_tasks_are_scored():
     assert dense_scores.detected(Told([[output]]), test, 16, small)['ap50'] == pytest.approx(1.0)
     moved = {**output, 'boxes': places.boxes + torch.tensor([[0.0, 0, 0, 0], [20, 0, 20, 0]])}
     assert dense_scores.detected(Told([[moved]]), test, 16, small)['ap50_small'] == pytest.approx(0.5)
-    target = dense.wanted_places([Places(torch.zeros(448, 448, dtype=torch.uint8), torch.zeros(0, 4), torch.zeros(0))])
-    assert target.sum() == pytest.approx(dense.EVEN)
+    target = dense_tasks.wanted_places(
+        [Places(torch.zeros(448, 448, dtype=torch.uint8), torch.zeros(0, 4), torch.zeros(0))]
+    )
+    assert target.sum() == pytest.approx(dense_tasks.EVEN)
 
 
 @pytest.mark.slow

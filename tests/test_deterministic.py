@@ -172,9 +172,9 @@ def test_no_operator_that_cuda_refuses_runs_in_a_training_step(kwargs, of_image)
             assert torch.equal(again, first)
 
 
-@pytest.mark.parametrize('crowd', [0.0, 0.5])
-def test_no_operator_that_cuda_refuses_runs_in_a_glance(crowd):
-    model = create(num_patches=16, localizer={'name': 'glance', 'crowd': crowd})
+@pytest.mark.parametrize('localizer', ['glance', 'saliency'])
+def test_no_operator_that_cuda_refuses_runs_in_what_looks(localizer):
+    model = create(num_patches=16, localizer=localizer)
     randomise(model.patch_embed.patching, std=0.2)
     image, results = torch.randn(2, 3, 40, 64), []
     for mode in (False, True):
@@ -200,7 +200,7 @@ class Copied(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize('localizer', ['cnn', 'glance', {'name': 'glance', 'crowd': 0.5}])
+@pytest.mark.parametrize('localizer', ['cnn', 'glance', 'saliency'])
 def test_a_forward_copies_nothing_to_the_device_and_waits_for_nothing(localizer):
     model, image = create(num_classes=3, depth=2, num_patches=16, localizer=localizer), torch.randn(2, 3, 96, 96)
     randomise(model)

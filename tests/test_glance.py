@@ -233,7 +233,7 @@ def test_rejects_a_glance_without_a_vit():
         ({}, [(PIXELS[0], LABELS)], {}, r'expected an image of shape \(B, 3, H, W\), got \[3, 32, 32\]'),
         ({}, [{'image': PIXELS}], {}, 'expected batches of two tensors, images and targets, got dict'),
         ({}, [(PIXELS, [0, 1])], {}, 'expected batches of two tensors'),
-        ({}, [(PIXELS, LABELS + 5)], {}, 'expected targets of the answers, got a loss of evidence .* that fails'),
+        ({}, [(PIXELS, LABELS + 5)], {}, 'expected targets of the answers, got a loss of answers .* that fails'),
         ({}, [(PIXELS, LABELS)], {'loss': partial(cross_entropy, reduction='none')}, 'a loss that is a finite number'),
         ({}, [(PIXELS, LABELS)], {'loss': nan_at_last, 'epochs': 2}, 'a loss that is a finite number'),
         ({}, [(PIXELS / 0, LABELS)], {}, 'expected images and weights whose tokens are finite'),

@@ -92,7 +92,7 @@ def assert_same_geometry(actual, expected, tolerance):
 
 @pytest.mark.parametrize('dtype', HALF)
 @pytest.mark.parametrize('autocast', [False, True])
-@pytest.mark.parametrize('localizer', ['cnn', 'glance'])
+@pytest.mark.parametrize('localizer', ['cnn', 'glance', 'saliency'])
 def test_every_parameter_learns(vit, dtype, autocast, localizer):
     model, image = adaptive(vit, 'tps', localizer=localizer).train(), torch.randn(2, 3, 96, 96)
     if not autocast:

@@ -80,7 +80,7 @@ def unsound(tmp_path: Path) -> Path:
         ('--colour red', '--colour'),
         ('--max-focus 5', '--max-focus was removed: --localizer glance finds the window by itself'),
         ('--guide-weight=1', '--guide-weight was removed'),
-        ('--num-patches 16,25 --model-kwargs localizer={"name":"glance","crowd":0.5}', 'got 25 in 5 rows'),
+        ('--num-patches 16,25 --model-kwargs localizer="saliency"', 'got 25 in 5 rows'),
         ('--num-patches 4,2x2', "numbers of patches that all differ, got '4,2x2'"),
         ('--pretrained --checkpoint {}/junk.pth', 'expected --pretrained or --checkpoint, got both'),
         ('{}/one --samples 5', 'got --samples with DATA'),

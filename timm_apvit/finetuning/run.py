@@ -138,9 +138,8 @@ def load_run(settings: Settings, directory: Path, accelerator: Any) -> Run:
 def glance_note(model: APViT, epochs: int | None) -> str:
     """That the model glances, and whether it is fitted first."""
     first = f', fitted first for {epochs} epochs' if epochs else ''
-    how = 'crowd at' if glance_of(model).crowd else 'close in on'
     return (
-        f'the patches {how} what a glance of the first {glance_of(model).blocks} blocks finds{first} '
+        f'the patches close in on what a glance of the first {glance_of(model).blocks} blocks finds{first} '
         '(--localizer cnn: they move one by one)'
     )
 

@@ -1,17 +1,16 @@
 """A head start for ``localizer='glance'``: what reads the ViT's tokens is fitted before the ViT itself learns."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from timm_apvit.failures import explain, one_line
+from timm_apvit.learning.fitting import fit, learning_parameters, pyramids
 from timm_apvit.models.glance import GlanceLocalizer, answer_of, glances
 from timm_apvit.models.mixin import APViT, check_apvit, in_eval_mode
-from timm_apvit.patching.coords import check_count, in_float32
-from timm_apvit.patching.sampling import mip_pyramid
+from timm_apvit.patching.coords import check_count
 
 # Share of the tokens' features that are dropped: it is fitted on few images.
 DROPOUT = 0.2
@@ -53,69 +52,36 @@ def fit_glance(
         raise ValueError(
             'expected a model with classes, or a loss of pooled features, got cross_entropy without classes'
         )
-    return fit_evidence(
-        model, batches, lambda evidence, targets: loss(answer_of(evidence), targets), epochs, lr, most_images
-    )
-
-
-def fit_evidence(
-    model: APViT,
-    batches: Iterable[tuple[Tensor, Tensor]],
-    loss: Callable[[Tensor, Tensor], Tensor],
-    epochs: int,
-    lr: float,
-    most_images: int,
-) -> float:
-    """As `fit_glance`, for a loss of evidence ``(B, places, classes)``."""
     localizer = glance_of(model)
     check_count('epochs', epochs)
     check_count('most_images', most_images)
-    if next(localizer.parameters()).dtype == torch.float16:
-        raise ValueError('expected parameters in float32 or bfloat16, got float16, in which fitting overflows')
-    tokens, targets = _seen(model, localizer, batches, most_images)
     parts = (localizer.norm, localizer.evidence, localizer.score, localizer.classes)
-    parameters = [parameter for part in parts for parameter in part.parameters() if parameter.requires_grad]
-    if not parameters:
-        raise ValueError('expected parameters of the glance that learn, got all of them frozen')
-    device = next(model.parameters()).device
-    steps = epochs * -(-len(tokens) // BATCH_SIZE)
-    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps + 1)
-    losses: list[Tensor] = []
-    # Autocast keeps the first rounding of the weights for as long as it lasts, and would not see them learn.
-    with _undone_by_failure(parameters), torch.enable_grad(), in_float32(device):
-        for _ in range(epochs):
-            losses = []
-            for chosen in torch.split(torch.randperm(len(tokens)), BATCH_SIZE):
-                batch = tokens[chosen].to(device).float()
-                evidence = localizer.evidence_of(F.dropout(localizer.norm(batch), DROPOUT))
-                value = _finite(loss, evidence, targets[chosen].to(device))
-                optimizer.zero_grad()
-                value.backward()  # type: ignore[no-untyped-call]
-                optimizer.step()
-                schedule.step()
-                losses.append(value.detach())
-    optimizer.zero_grad()
-    return float(torch.stack(losses).mean())
+    parameters = learning_parameters(*parts)
+    tokens, targets = _seen(model, localizer, batches, most_images)
+    device = parameters[0].device
+
+    def losses() -> Iterator[Tensor]:
+        for chosen in torch.split(torch.randperm(len(tokens)), BATCH_SIZE):
+            batch = tokens[chosen].to(device).float()
+            evidence = localizer.evidence_of(F.dropout(localizer.norm(batch), DROPOUT))
+            yield _finite(loss, answer_of(evidence), targets[chosen].to(device))
+
+    return fit(parameters, losses, -(-len(tokens) // BATCH_SIZE), epochs, lr)
 
 
 @torch.no_grad()
 def collapsed(model: APViT, images: Tensor) -> str | None:
     """What is wrong with where images ``(B, C, H, W)`` are looked at, in a sentence; None: it differs, or they are few.
 
-    A glance that found nothing sees all images whole, or evenly; one whose window became a habit looks at the same
-    place in all of them.
+    A glance that found nothing sees all images whole; one whose window became a habit looks at the same place in all
+    of them.
 
     Raises:
         ValueError: a model without a glance.
     """
     glance_of(model)
     with in_eval_mode(model):
-        geometry = model.patch_geometry(images)
-    window, saliency = geometry.window, geometry.saliency
-    if window is None:  # patches crowd instead
-        flat = saliency is not None and bool((saliency.amax(dim=(1, 2)) - saliency.amin(dim=(1, 2)) < 0.01).all())
-        return 'The glance finds nothing yet: all places matter alike.' if flat and len(images) >= 8 else None
+        window: Tensor = model.patch_geometry(images).window  # type: ignore[assignment]
     if len(window) < 8:
         return None
     if (window[:, 2] == 1).all():
@@ -139,24 +105,16 @@ def _seen(
     model: APViT, localizer: GlanceLocalizer, batches: Iterable[tuple[Tensor, Tensor]], most: int
 ) -> tuple[Tensor, Tensor]:
     """Tokens ``(n, T, D)`` of the glances at some images, in half the memory, and what is to be learnt."""
-    device = next(model.parameters()).device
     tokens, targets = [], []
     with in_eval_mode(model):
-        for batch in batches:
-            if not isinstance(batch, Sequence) or [isinstance(each, Tensor) for each in batch] != [True, True]:
-                raise ValueError(f'expected batches of two tensors, images and targets, got {type(batch).__name__}')
-            images, wanted = batch
-            model.patch_embed.patching.check_image(images)
-            canvas = model.patch_embed.on_canvas(images.to(device).float())
-            pyramid = mip_pyramid(canvas, localizer.level((canvas.shape[2], canvas.shape[3])) + 1)
+        for pyramid, wanted in pyramids(model, batches):
             tokens.append(localizer.tokens(pyramid)[0].to('cpu', torch.bfloat16))
             targets.append(wanted)
             if not tokens[-1].isfinite().all():
                 raise ValueError('expected images and weights whose tokens are finite numbers, got others')
-            if len(wanted) != len(images) or tokens[-1].shape[1] != tokens[0].shape[1]:
-                raise ValueError(
-                    f'expected images of one size, each with its target, got {list(images.shape)} and {len(wanted)}'
-                )
+            if len(wanted) != len(tokens[-1]) or tokens[-1].shape[1] != tokens[0].shape[1]:
+                got = f'{list(pyramid[0].shape)} and {len(wanted)}'
+                raise ValueError(f'expected images of one size, each with its target, got {got}')
             if sum(map(len, tokens)) >= most:
                 break
     if not sum(map(len, tokens)):
@@ -164,30 +122,16 @@ def _seen(
     return torch.cat(tokens)[:most], torch.cat(targets)[:most]
 
 
-@contextmanager
-def _undone_by_failure(parameters: Sequence[Tensor]) -> Iterator[None]:
-    """Give parameters their values back, and no gradients, if what learns them fails."""
-    before = [parameter.detach().clone() for parameter in parameters]
-    try:
-        yield
-    except Exception:
-        with torch.no_grad():
-            for parameter, value in zip(parameters, before, strict=True):
-                parameter.copy_(value)
-                parameter.grad = None
-        raise
-
-
-def _finite(loss: Callable[[Tensor, Tensor], Tensor], evidence: Tensor, targets: Tensor) -> Tensor:
+def _finite(loss: Callable[[Tensor, Tensor], Tensor], answer: Tensor, targets: Tensor) -> Tensor:
     """A loss; ValueError unless it is a finite number."""
     try:
-        value = loss(evidence, targets)
+        value = loss(answer, targets)
     except (RuntimeError, IndexError) as error:
         if explain(error) != one_line(error):  # out of memory
             raise
-        of = f'{list(evidence.shape)} and targets {list(targets.shape)}'
+        of = f'{list(answer.shape)} and targets {list(targets.shape)}'
         raise ValueError(
-            f'expected targets of the answers, got a loss of evidence {of} that fails: {one_line(error)}'
+            f'expected targets of the answers, got a loss of answers {of} that fails: {one_line(error)}'
         ) from error
     if not isinstance(value, Tensor) or value.dim() or not value.isfinite():
         raise ValueError(f'expected a loss that is a finite number, got {value!r:.80}')

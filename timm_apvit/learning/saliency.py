@@ -1,14 +1,13 @@
-"""Teach a glance where to look, for tasks whose labels say where: masks, boxes, points."""
+"""Teach a localiser where to look, for tasks whose labels say where: masks, boxes, points."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterator, Sized
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from timm_apvit.learning.glance import fit_evidence, glance_of
-from timm_apvit.models.glance import saliency_of
-from timm_apvit.models.mixin import APViT
+from timm_apvit.learning.fitting import fit, learning_parameters, pyramids
+from timm_apvit.models.mixin import APViT, check_apvit
 from timm_apvit.patching.geometry import PatchGeometry
 
 
@@ -25,54 +24,45 @@ def saliency_loss(geometry: PatchGeometry, target: Tensor) -> Tensor:
 
     Example:
         >>> import timm, timm_apvit, torch
-        >>> model = timm.create_model('test_apvit', localizer={'name': 'glance', 'crowd': 0.6}, num_patches=64)
+        >>> model = timm.create_model('test_apvit', localizer='saliency', num_patches=64)
         >>> target = torch.zeros(2, 20, 20)
         >>> target[:, 5:10, 5:10] = 1.0
         >>> saliency_loss(model.patch_geometry(torch.randn(2, 3, 160, 160)), target).backward()
     """
-    saliency = geometry.saliency if isinstance(geometry, PatchGeometry) else None
-    if saliency is None:
-        got = 'one that does not' if isinstance(geometry, PatchGeometry) else type(geometry).__name__
-        raise ValueError(f"expected a geometry of a localizer that says where it looks, such as 'glance', got {got}")
-    shares = _shares(target, len(saliency), (saliency.shape[1], saliency.shape[2]))
-    return _cross_entropy(saliency.flatten(1), shares.to(saliency.device))
+    if not isinstance(geometry, PatchGeometry):
+        raise ValueError(f'expected a geometry, as of model.patch_geometry, got {type(geometry).__name__}')
+    return _loss(geometry.saliency, target)
 
 
-def fit_saliency(
-    model: APViT,
-    batches: Iterable[tuple[Tensor, Tensor]],
-    epochs: int = 20,
-    lr: float = 2e-3,
-    most_images: int = 20_000,
-) -> float:
-    """As `timm_apvit.fit_glance`, by where things are: a head start for `saliency_loss`.
+def fit_saliency(model: APViT, batches: Collection[tuple[Tensor, Tensor]], epochs: int = 2, lr: float = 2e-3) -> float:
+    """Fit the localiser by where things are, before the model is trained as a whole: a head start for `saliency_loss`.
 
     Args:
-        model: with ``localizer='glance'`` and pretrained weights; trained in place, where it is.
-        batches: images ``(B, C, H, W)`` of one size, and targets ``(B, h, w)`` as of `saliency_loss`, over what the
-            patches tile.
-        epochs: over the glances.
+        model: whose localiser says where it looks; trained in place, where it is, the localiser alone.
+        batches: such as a DataLoader's: images ``(B, C, H, W)``, and targets ``(B, h, w)`` as of `saliency_loss`, over
+            what the patches tile.
+        epochs: over the batches.
         lr: the highest learning rate; it rises and falls once.
-        most_images: further ones are left out.
 
     Returns:
         The mean loss of the last epoch.
 
     Raises:
-        ValueError: as `fit_glance` and `saliency_loss`.
+        ValueError: as `saliency_loss`; a model in float16 or frozen, epochs below 1, or no images: nothing is learnt.
     """
-    localizer = glance_of(model)
+    check_apvit(model)
+    localizer = model.patch_embed.patching.localizer
+    parameters = learning_parameters(localizer)
+    if not isinstance(batches, Sized):
+        got = type(batches).__name__
+        raise ValueError(f'expected batches that have a length and come again, such as a DataLoader, got {got}')
+    if not len(batches):
+        raise ValueError('expected batches of images, got none')
 
-    def reduced() -> Iterator[tuple[Tensor, Tensor]]:
-        for images, target in batches:
-            canvas = model.patch_embed.on_canvas(images)
-            grid = localizer.layout((canvas.shape[2], canvas.shape[3])).grids[0].grid
-            yield images, _shares(target, len(images), grid)
+    def losses() -> Iterator[Tensor]:
+        return (_loss(localizer.look(pyramid).saliency, target) for pyramid, target in pyramids(model, batches))
 
-    def loss(evidence: Tensor, shares: Tensor) -> Tensor:
-        return _cross_entropy(saliency_of(evidence), shares)
-
-    return fit_evidence(model, reduced(), loss, epochs, lr, most_images)
+    return fit(parameters, losses, len(batches), epochs, lr)
 
 
 def _shares(target: Tensor, number: int, grid: tuple[int, int]) -> Tensor:
@@ -88,7 +78,10 @@ def _shares(target: Tensor, number: int, grid: tuple[int, int]) -> Tensor:
     return wanted / wanted.sum(dim=1, keepdim=True).clamp(min=1e-30)
 
 
-def _cross_entropy(saliency: Tensor, shares: Tensor) -> Tensor:
-    """Of logits and shares ``(B, places)``, the mean of the images in which something matters."""
-    each = -(shares * torch.log_softmax(saliency, dim=1)).sum(dim=1)
+def _loss(saliency: Tensor | None, target: Tensor) -> Tensor:
+    """Cross-entropy of logits ``(B, h, w)`` and a target, the mean of the images in which something matters."""
+    if saliency is None:
+        raise ValueError("expected a localizer that says where it looks, such as 'saliency', got one that does not")
+    shares = _shares(target, len(saliency), (saliency.shape[1], saliency.shape[2])).to(saliency.device)
+    each = -(shares * torch.log_softmax(saliency.flatten(1), dim=1)).sum(dim=1)
     return each.sum() / (shares.sum(dim=1) > 0).sum().clamp(min=1)

@@ -18,7 +18,7 @@ from timm_apvit.patching.anchors import Anchors, Layout, rows_of
 from timm_apvit.patching.coords import check_count, check_number, in_float32
 from timm_apvit.patching.deterministic import grid_sample
 from timm_apvit.patching.layers import LayerNorm, Linear, ScaleKeeping, ZeroLinear
-from timm_apvit.patching.localizers import MOST_CROWD, Localizer, Look, register_localizer
+from timm_apvit.patching.localizers import Localizer, Look, register_localizer
 from timm_apvit.patching.windows import best_window
 
 # Rows and columns of a glance: beyond it takes longer, and more memory, than anyone means it to.
@@ -53,10 +53,6 @@ class GlanceLocalizer(ScaleKeeping, Localizer):
         grid: rows and columns of the glance at a square image, at most 64; others have about as many cells.
         width: of the hidden layers.
         max_focus: largest factor by which a window closes in; 1: it is the whole image.
-        crowd: above 0, up to 0.9: the patches crowd where it matters, instead of a window about them all. A quadtree
-            divides the image by what each part of it holds, of which this share is what the glance sees and the rest
-            is even, so that all of the image is seen still. For images in which several places matter, and an even
-            number of rows and of columns of patches; ``max_focus`` does nothing then.
         answer_drop: share of the images in train mode to which the glance's answer is not added, so that the ViT
             learns to answer by itself.
         classes: numbers of classes, 0 for pooled features, that it learnt to tell, the last ones last; the others still
@@ -79,7 +75,6 @@ class GlanceLocalizer(ScaleKeeping, Localizer):
         grid: int = 12,
         width: int = 256,
         max_focus: float = 3.0,
-        crowd: float = 0.0,
         answer_drop: float = 0.5,
         classes: Sequence[int] = (),
         device: Any = None,
@@ -90,7 +85,6 @@ class GlanceLocalizer(ScaleKeeping, Localizer):
         self.blocks = 0 if blocks is None else check_count('blocks', blocks)
         self.grid, self.width = check_count('grid', grid, MOST_GRID), check_count('width', width)
         self.max_focus = check_number('max_focus', max_focus, 1)
-        self.crowd = check_number('crowd', crowd, 0, MOST_CROWD)
         self.answer_drop = check_number('answer_drop', answer_drop, 0, 1)
         if not (isinstance(classes, Sequence) and all(type(n) is int and n >= 0 for n in classes)):
             raise ValueError(f'expected classes to be numbers of classes >= 0, got {classes!r}')
@@ -190,10 +184,7 @@ class GlanceLocalizer(ScaleKeeping, Localizer):
             # What moves a patch is no lesson for the ViT, and what a window misses none for the saliency.
             places = self.place(tokens.detach()).reshape(-1, *grid, self.width)
             memory = places.movedim(-1, 1)
-            if not self.crowd:
-                return Look(memory, best_window(saliency, self.max_focus), saliency, answer)
-            density = torch.softmax(saliency.detach().flatten(1), dim=1).reshape(saliency.shape)
-            return Look(memory, None, saliency, answer, density)
+            return Look(memory, best_window(saliency, self.max_focus), saliency, answer)
 
     def tokens(self, pyramid: list[Tensor]) -> tuple[Tensor, tuple[int, int]]:
         """Tokens of a coarse grid over the whole image, after the first blocks, ``(B, h * w, D)``; and h, w."""

@@ -195,7 +195,7 @@ def divided(layout: Layout, density: Tensor) -> Anchors:
 
     Args:
         layout: an `even_grid`.
-        density: over the image, ``(B, h, w)``, above 0 and finite; no gradient reaches it.
+        density: over the image, ``(B, h, w)``, above 0 and finite; its gradient is zero.
 
     Raises:
         ValueError: another layout.

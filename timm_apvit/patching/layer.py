@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 import timm_apvit.patching.cnn
-import timm_apvit.patching.families  # noqa: F401  registers them, as the line above does
+import timm_apvit.patching.families
+import timm_apvit.patching.saliency  # noqa: F401  registers them, as the lines above do
 from timm_apvit.patching.anchors import Layout, NumPatches, divided, resolve_layout
 from timm_apvit.patching.coords import check_number, check_patch_size, check_shape, in_float32, sample_grid, vector_on
 from timm_apvit.patching.geometry import PatchGeometry, footprint, patch_jacobians

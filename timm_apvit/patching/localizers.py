@@ -30,7 +30,7 @@ class Look(NamedTuple):
         logits: its own answer, ``(B, classes)``, which is added to that of the ViT; None: it has none.
         density: how many patches each place of the image is to have, relative to others, ``(B, h, w)``, at least 0: the
             anchors crowd there, and tile the image still (`timm_apvit.patching.anchors.divided`); None: they stay
-            where the layout has them. No gradient reaches it: teach it by its saliency.
+            where the layout has them. Its gradient is zero: teach it by its saliency.
     """
 
     memory: Any

@@ -1,0 +1,103 @@
+"""What the benchmark of dense tasks has to learn: images, what is where on them, and how long it is trained."""
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from contestants import SCRATCH
+from dense_scores import detected, segmented
+from fashion import NAMES, load_several
+from photographs import CATEGORIES, Places, Populated, Scene
+from torch import Tensor
+
+SCENE = Scene(areas=(0.005, 0.1))
+# Share of what matters that is spread evenly.
+EVEN = 0.05
+
+
+class Task(NamedTuple):
+    """What is to be learnt.
+
+    Attributes:
+        load: a split by name, number of images and seed.
+        side: of an image, in pixels.
+        names: of the classes; 0 is the background.
+        score: of a model in eval mode; the first of its figures is what the task is about.
+        channels: of the pyramid and the decoder.
+        small: share of an image's area; things below are small.
+        passes: parts of the training, each of other images.
+        batch: images of an update.
+        lr: peak learning rate of the ViT; that of all after it is 1e-3.
+        localizer_lr_scale: of the adaptive layers, in that.
+        layer_decay: of the ViT's learning rates.
+        arguments: of ``create_model``; None: the pretrained `NAME`.
+    """
+
+    load: Callable[[str, int, int], Any]
+    side: int
+    names: tuple[str, ...]
+    score: Callable[..., dict[str, float]]
+    channels: int
+    small: float = 0.02
+    passes: int = 4
+    batch: int = 16
+    lr: float = 3e-4
+    localizer_lr_scale: float = 3.0
+    layer_decay: float = 0.75
+    arguments: dict[str, Any] | None = None
+
+
+def populated(split: str, length: int, seed: int) -> Populated:
+    """Things of all categories on photographs."""
+    return Populated(SCENE, split, length, seed)
+
+
+# The other benchmarks' ViT, with six blocks rather than four, as smp has a ``depth`` of its own.
+OF_SCRATCH = {'in_chans': 1, **{name: value for name, value in SCRATCH.items() if name != 'depth'}}
+FROM_SCRATCH: dict[str, Any] = {
+    'small': 0.03, 'passes': 1, 'batch': 32, 'lr': 1e-3, 'localizer_lr_scale': 1.0, 'layer_decay': 1.0,
+    'arguments': OF_SCRATCH,
+}  # fmt: skip
+TASKS = {
+    'segmentation': Task(populated, SCENE.side, CATEGORIES, segmented, 48),
+    'detection': Task(populated, SCENE.side, CATEGORIES, detected, 64),
+    'scratch': Task(load_several, 224, NAMES, segmented, 32, **FROM_SCRATCH),
+    'scratch-detection': Task(load_several, 224, NAMES, detected, 64, **FROM_SCRATCH),
+}
+
+
+def batches(samples: Any, epochs: int, batch: int, seed: int) -> Iterator[tuple[Tensor, list[Places]]]:
+    """Images in an order of each epoch's own."""
+    for epoch in range(epochs):
+        samples.epoch = epoch
+        order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(1000 * seed + epoch))
+        for chosen in order.split(batch):
+            images, places = zip(*(samples[index] for index in chosen.tolist()), strict=True)
+            yield torch.stack(images), list(places)
+
+
+def wanted_places(places: list[Places]) -> Tensor:
+    """How much cells of stride 16 matter: a part of it evenly, the rest on the things, as much on each."""
+    cells = places[0].mask.shape[0] // 16
+    target = torch.full((len(places), cells, cells), EVEN / cells**2)
+    for each, (mask, boxes, labels) in zip(target, places, strict=True):
+        for (left, top, right, bottom), label in zip(boxes.long().tolist(), labels, strict=True):
+            own = torch.zeros(mask.shape)
+            own[top:bottom, left:right] = (mask[top:bottom, left:right] == label).float()
+            each += (1 - EVEN) / len(boxes) * F.avg_pool2d(own[None], 16)[0] * 256 / own.sum()
+    return target
+
+
+class Taught:
+    """Images and where they matter, in batches: all that a training sees."""
+
+    def __init__(self, samples: Any, epochs: int, batch: int, seed: int) -> None:
+        self.arguments = samples, epochs, batch, seed
+
+    def __len__(self) -> int:
+        samples, epochs, batch, _ = self.arguments
+        return epochs * -(-len(samples) // batch)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return ((images, wanted_places(places)) for images, places in batches(*self.arguments))

@@ -1,0 +1,73 @@
+"""What it takes to fit a localiser before the ViT learns: images as it sees them, and updates of its own parameters."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from timm_apvit.models.mixin import APViT
+from timm_apvit.patching.coords import check_count, in_float32
+from timm_apvit.patching.sampling import mip_pyramid
+
+
+def pyramids(model: APViT, batches: Iterable[tuple[Tensor, Tensor]]) -> Iterator[tuple[list[Tensor], Tensor]]:
+    """Images as the localiser looks at them, with their targets; ValueError for what is no batch of both."""
+    patching = model.patch_embed.patching
+    device = next(model.parameters()).device
+    for batch in batches:
+        if not isinstance(batch, Sequence) or [isinstance(each, Tensor) for each in batch] != [True, True]:
+            raise ValueError(f'expected batches of two tensors, images and targets, got {type(batch).__name__}')
+        images, target = batch
+        patching.check_image(images)
+        canvas = model.patch_embed.on_canvas(images.to(device).float())
+        yield mip_pyramid(canvas, patching.localizer.level((canvas.shape[2], canvas.shape[3])) + 1), target
+
+
+def learning_parameters(*parts: nn.Module) -> list[nn.Parameter]:
+    """Those of parts of a localiser that are not frozen; ValueError if there are none, or in float16."""
+    parameters = [parameter for part in parts for parameter in part.parameters() if parameter.requires_grad]
+    if not parameters:
+        raise ValueError('expected parameters of the localizer that learn, got all of them frozen')
+    if any(parameter.dtype == torch.float16 for parameter in parameters):
+        raise ValueError('expected parameters in float32 or bfloat16, got float16, in which fitting overflows')
+    return parameters
+
+
+def fit(
+    parameters: Sequence[nn.Parameter], losses: Callable[[], Iterator[Tensor]], steps: int, epochs: int, lr: float
+) -> float:
+    """Lower what each of some epochs gives, of so many losses; all is undone, if one fails.
+
+    Returns:
+        The mean of the last epoch.
+    """
+    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=epochs * steps + 1)
+    values: list[Tensor] = []
+    # Autocast keeps the first rounding of the weights for as long as it lasts, and would not see them learn.
+    with _undone_by_failure(parameters), torch.enable_grad(), in_float32(parameters[0].device):
+        for _ in range(check_count('epochs', epochs)):
+            values = []
+            for value in losses():
+                optimizer.zero_grad()
+                value.backward()  # type: ignore[no-untyped-call]
+                optimizer.step()
+                schedule.step()
+                values.append(value.detach())
+    optimizer.zero_grad()
+    return float(torch.stack(values).mean())
+
+
+@contextmanager
+def _undone_by_failure(parameters: Sequence[Tensor]) -> Iterator[None]:
+    """Give parameters their values back, and no gradients, if what learns them fails."""
+    before = [parameter.detach().clone() for parameter in parameters]
+    try:
+        yield
+    except Exception:
+        with torch.no_grad():
+            for parameter, value in zip(parameters, before, strict=True):
+                parameter.copy_(value)
+                parameter.grad = None
+        raise
