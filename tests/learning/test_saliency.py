@@ -59,6 +59,7 @@ def test_a_glance_learns_by_masks_too():
     images, targets = places(192, 0)
     last = fit_saliency(model, list(zip(images.split(32), targets.split(32), strict=True)), epochs=5)
     assert last < 0.95 * math.log(36)
+    assert all(parameter.grad is None for parameter in model.parameters())
 
 
 IMAGES, ONES = torch.randn(2, 3, 96, 96), torch.ones(2, 4, 4)
@@ -73,6 +74,7 @@ IMAGES, ONES = torch.randn(2, 3, 96, 96), torch.ones(2, 4, 4)
         ([(IMAGES, [[1.0]])], CROWDING, 'expected batches of two tensors'),
         ([IMAGES], CROWDING, 'expected batches of two tensors, images and targets, got Tensor'),
         ([(IMAGES[:, :1], ONES)], CROWDING, 'expected an image of shape'),
+        ([(IMAGES, ONES), (IMAGES / 0, ONES)], CROWDING, 'expected a loss that is a finite number, got tensor.nan'),
         (iter([(IMAGES, ONES)]), CROWDING, 'expected batches that have a length and come again, .* got list_iterator'),
         ([(IMAGES, ONES)], {}, 'expected a localizer that says where it looks'),
     ],

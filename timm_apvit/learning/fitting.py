@@ -41,6 +41,9 @@ def fit(
 
     Returns:
         The mean of the last epoch.
+
+    Raises:
+        ValueError: a loss that is not a finite number.
     """
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=epochs * steps + 1)
@@ -50,8 +53,10 @@ def fit(
         for _ in range(check_count('epochs', epochs)):
             values = []
             for value in losses():
+                if not isinstance(value, Tensor) or value.dim() or not value.isfinite():
+                    raise ValueError(f'expected a loss that is a finite number, got {value!r:.80}')
                 optimizer.zero_grad()
-                value.backward()  # type: ignore[no-untyped-call]
+                value.backward(inputs=list(parameters))  # type: ignore[no-untyped-call]
                 optimizer.step()
                 schedule.step()
                 values.append(value.detach())
