@@ -66,13 +66,7 @@ def parse_options() -> argparse.Namespace:
     add('--modes', nargs='+', default=['forward'], choices=['forward', 'train'])
     add('--batches', nargs='+', type=counted, default=[8])
     add('--dtypes', nargs='+', default=['float32'], choices=['float32', 'bfloat16', 'float16'])
-    add(
-        '--localizers',
-        nargs='+',
-        default=['cnn'],
-        choices=['cnn', 'glance', 'saliency'],
-        help='what says where patches lie',
-    )
+    add('--localizers', nargs='+', default=['cnn'], choices=timm_apvit.LOCALIZERS, help='what says where patches lie')
     add('--compile', action='store_true', help='compile both sides')
     add('--channels-last', action='store_true', help="both sides' weights and images")
     add('--parts', action='store_true', help='also say where the time goes; not with --compile')
