@@ -56,14 +56,15 @@ RECORDED = (
 STILL = {'transform': 'translation', 'max_shift': 0.0}
 
 
-def arguments_of(contestant: str, tokens: int) -> dict[str, Any]:
+def arguments_of(task: Task, contestant: str, tokens: int) -> dict[str, Any]:
     """Arguments of ``create_model`` for a contestant with so many tokens."""
     if contestant == 'fixed':  # the ViT's own grid, on the image sampled with anti-aliasing
         return {'num_patches': tokens, **STILL}
     if contestant == 'moving':  # each patch by the localisation network, within its bounds
         return {'num_patches': tokens, 'max_shift': 2.0, 'max_zoom': 3.0}
     # They do not move further.
-    return {'num_patches': tokens, 'localizer': 'saliency', 'max_shift': 0.0, 'max_zoom': 1.0}
+    localizer = {'name': 'saliency', 'side': task.saliency_side}
+    return {'num_patches': tokens, 'localizer': localizer, 'max_shift': 0.0, 'max_zoom': 1.0}
 
 
 def create(
@@ -73,7 +74,8 @@ def create(
     overlay = {'file': str(weights), 'custom_load': False, 'num_classes': 0, 'input_size': (3, 518, 518)}
     name, start = ('test_apvit', task.arguments) if task.arguments else (NAME, {'pretrained_cfg_overlay': overlay})
     arguments = {
-        **start, 'img_size': task.side, 'out_channels': task.channels, **arguments_of(contestant, tokens), **kwargs,
+        **start, 'img_size': task.side, 'out_channels': task.channels,
+        **arguments_of(task, contestant, tokens), **kwargs,
     }  # fmt: skip
     classes = len(task.names) + 1
     if task.score is segmented:
@@ -126,7 +128,7 @@ def run(options: argparse.Namespace, contestant: str, tokens: int, seed: int) ->
     test = task.load('test', options.test_images, TEST_SEED)
     begin = time.perf_counter()
     if contestant == 'crowded':
-        fit_saliency(vit, Taught(train, task.passes, batch, seed), epochs=options.fit_epochs)
+        fit_saliency(vit, Taught(task, train, batch, seed), epochs=options.fit_epochs)
     groups = param_groups(vit, options.lr, 0.05, task.layer_decay, options.localizer_lr_scale)
     inside = set(vit.parameters())
     groups.append({'params': [p for p in model.parameters() if p not in inside], 'lr': 1e-3, 'weight_decay': 0.05})
@@ -141,7 +143,8 @@ def run(options: argparse.Namespace, contestant: str, tokens: int, seed: int) ->
         with calls_of(vit.patch_embed) as seen:
             loss = loss_of(task, model.train(), images, places, options.background)
         if contestant == 'crowded':
-            loss = loss + options.saliency_weight * saliency_loss(seen[-1][1].geometry, wanted_places(places))
+            wanted = wanted_places(places, task.area_power)
+            loss = loss + options.saliency_weight * saliency_loss(seen[-1][1].geometry, wanted)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)

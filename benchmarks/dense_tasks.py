@@ -31,7 +31,10 @@ class Task(NamedTuple):
         lr: peak learning rate of the ViT; that of all after it is 1e-3.
         localizer_lr_scale: of the adaptive layers, in that.
         layer_decay: of the ViT's learning rates.
-        arguments: of ``create_model``; None: the pretrained `NAME`.
+        area_power: how much a thing matters for patches that crowd is its area to this power: 0, where things are
+            counted, all alike; where pixels are, the large ones more.
+        saliency_side: pixels along the side of what says where they crowd.
+        arguments: of ``create_model``; None: those of the pretrained ViT.
     """
 
     load: Callable[[str, int, int], Any]
@@ -45,6 +48,8 @@ class Task(NamedTuple):
     lr: float = 3e-4
     localizer_lr_scale: float = 3.0
     layer_decay: float = 0.75
+    area_power: float = 0.0
+    saliency_side: int = 224
     arguments: dict[str, Any] | None = None
 
 
@@ -57,12 +62,12 @@ def populated(split: str, length: int, seed: int) -> Populated:
 OF_SCRATCH = {'in_chans': 1, **{name: value for name, value in SCRATCH.items() if name != 'depth'}}
 FROM_SCRATCH: dict[str, Any] = {
     'small': 0.03, 'passes': 1, 'batch': 32, 'lr': 1e-3, 'localizer_lr_scale': 1.0, 'layer_decay': 1.0,
-    'arguments': OF_SCRATCH,
+    'saliency_side': 128, 'arguments': OF_SCRATCH,
 }  # fmt: skip
 TASKS = {
-    'segmentation': Task(populated, SCENE.side, CATEGORIES, segmented, 48),
+    'segmentation': Task(populated, SCENE.side, CATEGORIES, segmented, 48, area_power=0.5),
     'detection': Task(populated, SCENE.side, CATEGORIES, detected, 64),
-    'scratch': Task(load_several, 224, NAMES, segmented, 32, **FROM_SCRATCH),
+    'scratch': Task(load_several, 224, NAMES, segmented, 32, area_power=0.5, **FROM_SCRATCH),
     'scratch-detection': Task(load_several, 224, NAMES, detected, 64, **FROM_SCRATCH),
 }
 
@@ -77,27 +82,30 @@ def batches(samples: Any, epochs: int, batch: int, seed: int) -> Iterator[tuple[
             yield torch.stack(images), list(places)
 
 
-def wanted_places(places: list[Places]) -> Tensor:
-    """How much cells of stride 16 matter: a part of it evenly, the rest on the things, as much on each."""
+def wanted_places(places: list[Places], area_power: float) -> Tensor:
+    """How much cells of stride 16 matter: a part of it evenly, the rest on the things, by their area to a power."""
     cells = places[0].mask.shape[0] // 16
     target = torch.full((len(places), cells, cells), EVEN / cells**2)
     for each, (mask, boxes, labels) in zip(target, places, strict=True):
+        things = torch.zeros(cells, cells)
         for (left, top, right, bottom), label in zip(boxes.long().tolist(), labels, strict=True):
             own = torch.zeros(mask.shape)
             own[top:bottom, left:right] = (mask[top:bottom, left:right] == label).float()
-            each += (1 - EVEN) / len(boxes) * F.avg_pool2d(own[None], 16)[0] * 256 / own.sum()
+            things += F.avg_pool2d(own[None], 16)[0] * own.sum() ** (area_power - 1)
+        if len(boxes):
+            each += (1 - EVEN) / things.sum() * things
     return target
 
 
 class Taught:
     """Images and where they matter, in batches: all that a training sees."""
 
-    def __init__(self, samples: Any, epochs: int, batch: int, seed: int) -> None:
-        self.arguments = samples, epochs, batch, seed
+    def __init__(self, task: Task, samples: Any, batch: int, seed: int) -> None:
+        self.area_power, self.arguments = task.area_power, (samples, task.passes, batch, seed)
 
     def __len__(self) -> int:
         samples, epochs, batch, _ = self.arguments
         return epochs * -(-len(samples) // batch)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        return ((images, wanted_places(places)) for images, places in batches(*self.arguments))
+        return ((images, wanted_places(places, self.area_power)) for images, places in batches(*self.arguments))
