@@ -143,7 +143,7 @@ def run(options: argparse.Namespace, contestant: str, tokens: int, seed: int) ->
         with calls_of(vit.patch_embed) as seen:
             loss = loss_of(task, model.train(), images, places, options.background)
         if contestant == 'crowded':
-            wanted = wanted_places(places, task.area_power)
+            wanted = wanted_places(task, places)
             loss = loss + options.saliency_weight * saliency_loss(seen[-1][1].geometry, wanted)
         optimizer.zero_grad()
         loss.backward()

@@ -82,16 +82,17 @@ def batches(samples: Any, epochs: int, batch: int, seed: int) -> Iterator[tuple[
             yield torch.stack(images), list(places)
 
 
-def wanted_places(places: list[Places], area_power: float) -> Tensor:
-    """How much cells of stride 16 matter: a part of it evenly, the rest on the things, by their area to a power."""
+def wanted_places(task: Task, places: list[Places]) -> Tensor:
+    """How much cells of stride 16 matter: a part of it evenly, the rest on the things, as far as the task tells."""
     cells = places[0].mask.shape[0] // 16
     target = torch.full((len(places), cells, cells), EVEN / cells**2)
     for each, (mask, boxes, labels) in zip(target, places, strict=True):
         things = torch.zeros(cells, cells)
         for (left, top, right, bottom), label in zip(boxes.long().tolist(), labels, strict=True):
             own = torch.zeros(mask.shape)
-            own[top:bottom, left:right] = (mask[top:bottom, left:right] == label).float()
-            things += F.avg_pool2d(own[None], 16)[0] * own.sum() ** (area_power - 1)
+            inside = mask[top:bottom, left:right] == label if task.score is segmented else torch.tensor(True)
+            own[top:bottom, left:right] = inside.float()
+            things += F.avg_pool2d(own[None], 16)[0] * own.sum() ** (task.area_power - 1)
         if len(boxes):
             each += (1 - EVEN) / things.sum() * things
     return target
@@ -101,11 +102,11 @@ class Taught:
     """Images and where they matter, in batches: all that a training sees."""
 
     def __init__(self, task: Task, samples: Any, batch: int, seed: int) -> None:
-        self.area_power, self.arguments = task.area_power, (samples, task.passes, batch, seed)
+        self.task, self.arguments = task, (samples, task.passes, batch, seed)
 
     def __len__(self) -> int:
         samples, epochs, batch, _ = self.arguments
         return epochs * -(-len(samples) // batch)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        return ((images, wanted_places(places, self.area_power)) for images, places in batches(*self.arguments))
+        return ((images, wanted_places(self.task, places)) for images, places in batches(*self.arguments))

@@ -69,16 +69,19 @@ def test_dense_tasks_are_scored():
     moved = {**output, 'boxes': places.boxes + torch.tensor([[0.0, 0, 0, 0], [20, 0, 20, 0]])}
     assert dense_scores.detected(Told([[moved]]), test, 16, small)['ap50_small'] == pytest.approx(0.5)
     blank = torch.zeros(448, 448, dtype=torch.uint8)
-    target = dense_tasks.wanted_places([Places(blank, torch.zeros(0, 4), torch.zeros(0))], 0.5)
+    task = dense_tasks.TASKS['segmentation']
+    target = dense_tasks.wanted_places(task, [Places(blank, torch.zeros(0, 4), torch.zeros(0))])
     assert target.sum() == pytest.approx(dense_tasks.EVEN)
     two = blank.clone()
     two[:32, :32], two[64:128, 64:128] = 1, 2
     there = [Places(two, torch.tensor([[0.0, 0, 32, 32], [64, 64, 128, 128]]), torch.tensor([1, 2]))]
     for power, ratio in ((0.0, 1), (0.5, 2), (1.0, 4)):
-        target = dense_tasks.wanted_places(there, power)
+        target = dense_tasks.wanted_places(task._replace(area_power=power), there)
         assert target.sum() == pytest.approx(1)
         even = dense_tasks.EVEN / 784
         assert (target[0, 4:8, 4:8] - even).sum() == pytest.approx(ratio * (target[0, :2, :2] - even).sum())
+    two[:32, 16:32] = 0  # of which boxes tell nothing
+    assert (dense_tasks.wanted_places(dense_tasks.TASKS['detection'], there)[0, :2, :2] > 0.1).all()
 
 
 @pytest.mark.slow
@@ -101,7 +104,7 @@ def test_contestants_of_dense_tasks_take_a_step(name, contestant, tmp_path, monk
     places = [Places(mask, torch.tensor([[50.0, 100, 150, 200]]), torch.tensor([3]))] * 2
     images = torch.randn(2, 3, 448, 448)
     if contestant == 'crowded':
-        fit_saliency(vit, [(images, dense.wanted_places(places, 0.5))], epochs=1)
+        fit_saliency(vit, [(images, dense.wanted_places(task, places))], epochs=1)
     loss = dense.loss_of(task, model.train(), images, places, 0.2)
     loss.backward()
     assert loss.isfinite()
