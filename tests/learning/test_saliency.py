@@ -68,9 +68,13 @@ IMAGES, ONES = torch.randn(2, 3, 96, 96), torch.ones(2, 4, 4)
 @pytest.mark.parametrize(
     ('batches', 'arguments', 'message'),
     [
-        ([], CROWDING, 'expected batches of images, got none'),
+        ([], CROWDING, 'expected batches of images in each epoch, got none'),
         ([(IMAGES, ONES), (IMAGES, torch.ones(2))], CROWDING, 'expected a target'),
-        ([(IMAGES, torch.ones(3, 4, 4))], CROWDING, r'expected a target \(2, h, w\), got \(3, 4, 4\)'),
+        (
+            [(IMAGES, torch.ones(3, 4, 4))],
+            CROWDING,
+            r'a target for each image, got \[2, 3, 96, 96\] and \[3, 4, 4\]',
+        ),
         ([(IMAGES, [[1.0]])], CROWDING, 'expected batches of two tensors'),
         ([IMAGES], CROWDING, 'expected batches of two tensors, images and targets, got Tensor'),
         ([(IMAGES[:, :1], ONES)], CROWDING, 'expected an image of shape'),

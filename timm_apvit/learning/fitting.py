@@ -12,7 +12,11 @@ from timm_apvit.patching.sampling import mip_pyramid
 
 
 def pyramids(model: APViT, batches: Iterable[tuple[Tensor, Tensor]]) -> Iterator[tuple[list[Tensor], Tensor]]:
-    """Images as the localiser looks at them, with their targets; ValueError for what is no batch of both."""
+    """What a localiser looks at, the mip levels ``(B, C, h, w)`` of images on the model's device, and their targets.
+
+    Raises:
+        ValueError: not two tensors of one length, images ``(B, C, H, W)`` and targets ``(B, ...)``.
+    """
     patching = model.patch_embed.patching
     device = next(model.parameters()).device
     for batch in batches:
@@ -20,6 +24,8 @@ def pyramids(model: APViT, batches: Iterable[tuple[Tensor, Tensor]]) -> Iterator
             raise ValueError(f'expected batches of two tensors, images and targets, got {type(batch).__name__}')
         images, target = batch
         patching.check_image(images)
+        if target.shape[:1] != images.shape[:1]:
+            raise ValueError(f'expected a target for each image, got {list(images.shape)} and {list(target.shape)}')
         canvas = model.patch_embed.on_canvas(images.to(device).float())
         yield mip_pyramid(canvas, patching.localizer.level((canvas.shape[2], canvas.shape[3])) + 1), target
 
@@ -34,32 +40,43 @@ def learning_parameters(*parts: nn.Module) -> list[nn.Parameter]:
     return parameters
 
 
-def fit(
+def fit_parameters(
     parameters: Sequence[nn.Parameter], losses: Callable[[], Iterator[Tensor]], steps: int, epochs: int, lr: float
 ) -> float:
-    """Lower what each of some epochs gives, of so many losses; all is undone, if one fails.
+    """Lower losses by AdamW under one cycle of the learning rate; if one fails, all is undone.
+
+    Args:
+        parameters: that learn, of one device.
+        losses: of an epoch's batches, one after the other, each by the parameters as they are then.
+        steps: how many an epoch has.
+        epochs: over them.
+        lr: the highest learning rate.
 
     Returns:
-        The mean of the last epoch.
+        The mean loss of the last epoch.
 
     Raises:
-        ValueError: a loss that is not a finite number.
+        ValueError: epochs below 1, none of the losses, or one that is not a finite number of parameters that learn.
     """
+    total = check_count('epochs', epochs) * steps
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=epochs * steps + 1)
-    values: list[Tensor] = []
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=total + 1)
     # Autocast keeps the first rounding of the weights for as long as it lasts, and would not see them learn.
     with _undone_by_failure(parameters), torch.enable_grad(), in_float32(parameters[0].device):
-        for _ in range(check_count('epochs', epochs)):
-            values = []
+        for _ in range(epochs):
+            values: list[Tensor] = []
             for value in losses():
                 if not isinstance(value, Tensor) or value.dim() or not value.isfinite():
                     raise ValueError(f'expected a loss that is a finite number, got {value!r:.80}')
+                if not value.requires_grad:
+                    raise ValueError('expected a loss of parameters that learn, got one of none')
                 optimizer.zero_grad()
                 value.backward(inputs=list(parameters))  # type: ignore[no-untyped-call]
                 optimizer.step()
                 schedule.step()
                 values.append(value.detach())
+            if not values:
+                raise ValueError('expected batches of images in each epoch, got none')
     optimizer.zero_grad()
     return float(torch.stack(values).mean())
 

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from timm_apvit.failures import explain, one_line
-from timm_apvit.learning.fitting import fit, learning_parameters, pyramids
+from timm_apvit.learning.fitting import fit_parameters, learning_parameters, pyramids
 from timm_apvit.models.glance import GlanceLocalizer, answer_of, glances
 from timm_apvit.models.mixin import APViT, check_apvit, in_eval_mode
 from timm_apvit.patching.coords import check_count
@@ -64,9 +64,9 @@ def fit_glance(
         for chosen in torch.split(torch.randperm(len(tokens)), BATCH_SIZE):
             batch = tokens[chosen].to(device).float()
             evidence = localizer.evidence_of(F.dropout(localizer.norm(batch), DROPOUT))
-            yield _loss(loss, answer_of(evidence), targets[chosen].to(device))
+            yield _checked(loss, answer_of(evidence), targets[chosen].to(device))
 
-    return fit(parameters, losses, -(-len(tokens) // BATCH_SIZE), epochs, lr)
+    return fit_parameters(parameters, losses, -(-len(tokens) // BATCH_SIZE), epochs, lr)
 
 
 @torch.no_grad()
@@ -112,9 +112,8 @@ def _seen(
             targets.append(wanted)
             if not tokens[-1].isfinite().all():
                 raise ValueError('expected images and weights whose tokens are finite numbers, got others')
-            if len(wanted) != len(tokens[-1]) or tokens[-1].shape[1] != tokens[0].shape[1]:
-                got = f'{list(pyramid[0].shape)} and {len(wanted)}'
-                raise ValueError(f'expected images of one size, each with its target, got {got}')
+            if tokens[-1].shape[1] != tokens[0].shape[1]:
+                raise ValueError(f'expected images of one size, got also one of {list(pyramid[0].shape[2:])}')
             if sum(map(len, tokens)) >= most:
                 break
     if not sum(map(len, tokens)):
@@ -122,7 +121,7 @@ def _seen(
     return torch.cat(tokens)[:most], torch.cat(targets)[:most]
 
 
-def _loss(loss: Callable[[Tensor, Tensor], Tensor], answer: Tensor, targets: Tensor) -> Tensor:
+def _checked(loss: Callable[[Tensor, Tensor], Tensor], answer: Tensor, targets: Tensor) -> Tensor:
     """A loss; ValueError if the targets are not of the answers."""
     try:
         return loss(answer, targets)

@@ -1,13 +1,14 @@
 """Teach a localiser where to look, for tasks whose labels say where: masks, boxes, points."""
 
-from collections.abc import Collection, Iterator, Sized
+from collections.abc import Iterator
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from timm_apvit.learning.fitting import fit, learning_parameters, pyramids
-from timm_apvit.models.mixin import APViT, check_apvit
+from timm_apvit.learning.fitting import fit_parameters, learning_parameters, pyramids
+from timm_apvit.models.mixin import APViT, check_apvit, in_eval_mode
 from timm_apvit.patching.geometry import PatchGeometry
 
 
@@ -31,11 +32,21 @@ def saliency_loss(geometry: PatchGeometry, target: Tensor) -> Tensor:
     """
     if not isinstance(geometry, PatchGeometry):
         raise ValueError(f'expected a geometry, as of model.patch_geometry, got {type(geometry).__name__}')
-    return _loss(geometry.saliency, target)
+    return _cross_entropy(geometry.saliency, target)
 
 
-def fit_saliency(model: APViT, batches: Collection[tuple[Tensor, Tensor]], epochs: int = 2, lr: float = 2e-3) -> float:
+class Batches(Protocol):
+    """Batches of images and targets that have a length and come again, such as a DataLoader."""
+
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]: ...
+
+
+def fit_saliency(model: APViT, batches: Batches, epochs: int = 2, lr: float = 2e-3) -> float:
     """Fit the localiser by where things are, before the model is trained as a whole: a head start for `saliency_loss`.
+
+    Where several processes train, each is to see the same batches, or to take the model of one of them afterwards.
 
     Args:
         model: whose localiser says where it looks; trained in place, where it is, the localiser alone.
@@ -53,16 +64,20 @@ def fit_saliency(model: APViT, batches: Collection[tuple[Tensor, Tensor]], epoch
     check_apvit(model)
     localizer = model.patch_embed.patching.localizer
     parameters = learning_parameters(localizer)
-    if not isinstance(batches, Sized):
+    try:
+        steps = len(batches)
+    except TypeError:
         got = type(batches).__name__
-        raise ValueError(f'expected batches that have a length and come again, such as a DataLoader, got {got}')
-    if not len(batches):
-        raise ValueError('expected batches of images, got none')
+        raise ValueError(
+            f'expected batches that have a length and come again, such as a DataLoader, got {got}'
+        ) from None
 
     def losses() -> Iterator[Tensor]:
-        return (_loss(localizer.look(pyramid).saliency, target) for pyramid, target in pyramids(model, batches))
+        for pyramid, target in pyramids(model, batches):
+            yield _cross_entropy(localizer.look(pyramid).saliency, target)
 
-    return fit(parameters, losses, len(batches), epochs, lr)
+    with in_eval_mode(model):
+        return fit_parameters(parameters, losses, steps, epochs, lr)
 
 
 def _shares(target: Tensor, number: int, grid: tuple[int, int]) -> Tensor:
@@ -78,7 +93,7 @@ def _shares(target: Tensor, number: int, grid: tuple[int, int]) -> Tensor:
     return wanted / wanted.sum(dim=1, keepdim=True).clamp(min=1e-30)
 
 
-def _loss(saliency: Tensor | None, target: Tensor) -> Tensor:
+def _cross_entropy(saliency: Tensor | None, target: Tensor) -> Tensor:
     """Cross-entropy of logits ``(B, h, w)`` and a target, the mean of the images in which something matters."""
     if saliency is None:
         raise ValueError("expected a localizer that says where it looks, such as 'saliency', got one that does not")

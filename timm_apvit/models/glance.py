@@ -5,20 +5,17 @@ All tokens together are the glance's answer, which is added to that of the ViT, 
 it; and where the evidence comes from is where the patches go.
 """
 
-import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from timm_apvit.patching.anchors import Anchors, Layout, rows_of
-from timm_apvit.patching.coords import check_count, check_number, in_float32
-from timm_apvit.patching.deterministic import grid_sample
+from timm_apvit.patching.anchors import Layout, rows_of
+from timm_apvit.patching.coords import about_square, check_count, check_number, in_float32
 from timm_apvit.patching.layers import LayerNorm, Linear, ScaleKeeping, ZeroLinear
-from timm_apvit.patching.localizers import Localizer, Look, register_localizer
+from timm_apvit.patching.localizers import FeatureLocalizer, Look, register_localizer
 from timm_apvit.patching.windows import best_window
 
 # Rows and columns of a glance: beyond it takes longer, and more memory, than anyone means it to.
@@ -35,7 +32,7 @@ class Held:
         return Held(memo.get(id(self.module), self.module))
 
 
-class GlanceLocalizer(ScaleKeeping, Localizer):
+class GlanceLocalizer(ScaleKeeping, FeatureLocalizer):
     """Evidence for the classes in a coarse grid of tokens, after the ViT's first blocks, and a window about it.
 
     For class c there is evidence ``e(t, c)`` in token t, which counts by a score: in all of them it is
@@ -168,8 +165,7 @@ class GlanceLocalizer(ScaleKeeping, Localizer):
 
     def layout(self, image_size: tuple[int, int]) -> Layout:
         """Cells about square of an image ``(H, W)``."""
-        root = math.sqrt(int(image_size[0]) / int(image_size[1]))  # while torch traces, they are tensors
-        return Layout(rows_of((max(1, round(self.grid * root)), max(1, round(self.grid / root))), (1, 1)))
+        return Layout(rows_of(about_square(self.grid, image_size), (1, 1)))
 
     def look(self, pyramid: list[Tensor]) -> Look:
         """See `Localizer`; its memory is features of the places, ``(B, D, h, w)``."""
@@ -204,14 +200,6 @@ class GlanceLocalizer(ScaleKeeping, Localizer):
             score = score + torch.logsumexp(each, dim=-1, keepdim=True)
         told: Tensor = evidence + torch.log_softmax(score, dim=1)
         return told
-
-    def forward(self, look: Look, anchors: Anchors) -> dict[str, Tensor]:
-        """See `Localizer`."""
-        grid = anchors.centres.expand(look.memory.shape[0], -1, -1).unsqueeze(1)
-        there = grid_sample(look.memory, grid).squeeze(2).transpose(1, 2)  # (B, N, D)
-        place = torch.cat([anchors.centres, torch.log(anchors.extents)], dim=-1)
-        hidden = F.gelu(there + self.from_anchor(place))
-        return {name: layer(hidden) for name, layer in self.fields.items()}
 
     def fit(self, state_dict: dict[str, Any], prefix: str) -> None:
         """Also take all classifiers of a checkpoint; after one of other classes comes a new one.

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from timm_apvit.patching.anchors import Anchors
+from timm_apvit.patching.coords import check_multiple
 from timm_apvit.patching.deterministic import grid_sample, resize
 from timm_apvit.patching.layers import Linear, ScaleKeeping, ZeroLinear, conv_norm_act, convert_channels
-from timm_apvit.patching.localizers import Localizer, Look, register_localizer
+from timm_apvit.patching.localizers import Localizer, Look, coarsest_level, register_localizer
 
 # By this name the layers that predict transforms went first; PEFT and others find a classifier by it.
 FORMER_FIELDS = 'head.'
@@ -45,13 +46,9 @@ class CNNLocalizer(ScaleKeeping, Localizer):
         dtype: Any = None,
     ) -> None:
         super().__init__()
-        for name, value in (('side', side), ('width', width)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 16 or value % 16:
-                raise ValueError(f'expected {name} to be a multiple of 16, got {value!r}')
         factory = {'device': device, 'dtype': dtype}
         self.in_chans = in_chans
-        self.side = side
-        self.width = width
+        self.side, self.width = check_multiple('side', side, 16), check_multiple('width', width, 16)
         self.stem = nn.Sequential(
             conv_norm_act(in_chans, width // 2, 2, factory),
             conv_norm_act(width // 2, width, 2, factory),
@@ -72,11 +69,8 @@ class CNNLocalizer(ScaleKeeping, Localizer):
         self.init_weights()
 
     def level(self, image_size: tuple[int, int]) -> int:
-        """The coarsest level of the pyramid of an image ``(H, W)`` that is no smaller than what is looked at."""
-        level, shorter = 0, min(image_size[0], image_size[1])
-        while shorter >= 2 * self.side:
-            level, shorter = level + 1, (shorter + 1) // 2
-        return level
+        """See `Localizer`."""
+        return coarsest_level(image_size, (self.side, self.side))
 
     def look(self, pyramid: list[Tensor]) -> Look:
         """See `Localizer`; its memory is features ``(B, D, side / 4, side / 4)`` and context ``(B, 1, D)``."""

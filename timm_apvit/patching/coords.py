@@ -86,6 +86,21 @@ def check_count(name: str, value: Any, most: int | None = None) -> int:
     return count
 
 
+def check_multiple(name: str, value: Any, divisor: int) -> int:
+    """Return an integer of 1, 2, ... times a divisor; ValueError names the argument if it is none."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < divisor or value % divisor:
+        raise ValueError(f'expected {name} to be a multiple of {divisor}, got {value!r}')
+    return value
+
+
+def about_square(cells: float, image_size: tuple[int, int]) -> tuple[int, int]:
+    """Rows and columns of cells about square over an image ``(H, W)``: about as many as ``cells`` squared."""
+    root = math.sqrt(int(image_size[0]) / int(image_size[1]))  # while torch traces, they are tensors
+    most = max(1, round(cells**2))  # of an image that is a line
+    rows, columns = (min(most, max(1, round(each))) for each in (cells * root, cells / root))
+    return rows, columns
+
+
 def check_counts(name: str, pair: str, given: Any) -> int | tuple[int, int]:
     """Return a count, or a pair of them, as an int or a tuple of ints; ValueError names the argument and its pair."""
     is_pair = isinstance(given, Sequence) and not isinstance(given, str)

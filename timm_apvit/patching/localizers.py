@@ -9,9 +9,11 @@ from abc import ABC, abstractmethod
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from timm_apvit.patching.anchors import Anchors
+from timm_apvit.patching.deterministic import grid_sample
 from timm_apvit.patching.parts import Parts
 from timm_apvit.patching.transforms import TRANSFORMS
 
@@ -26,7 +28,7 @@ class Look(NamedTuple):
         memory: what it reads when it predicts, its own business.
         window: centre (x, y) and half-extent of what the anchors are to be laid over, ``(B, 3)``, inside the image;
             None: all of it. It keeps the image's aspect.
-        saliency: logits of where it looks, ``(B, h, w)`` over the image, to be drawn; None: it does not say.
+        saliency: logits of where it looks, ``(B, h, w)`` over the image, which masks can teach; None: it does not say.
         logits: its own answer, ``(B, classes)``, which is added to that of the ViT; None: it has none.
         density: how many patches each place of the image is to have, relative to others, ``(B, h, w)``, at least 0: the
             anchors crowd there, and tile the image still (`timm_apvit.patching.anchors.divided`); None: they stay
@@ -110,6 +112,34 @@ class Localizer(nn.Module, ABC):
             # Every family predicts the shift: a checkpoint without it is not of a smaller family, but broken.
             if field.startswith(f'{prefix}fields.') and field not in predicted and not field.endswith('.shift'):
                 state_dict[name] = torch.zeros_like(value)
+
+
+class FeatureLocalizer(Localizer):
+    """A localiser whose memory is features of places ``(B, D, h, w)``, which it reads where an anchor is.
+
+    Attributes:
+        from_anchor: of centre and logarithm of the half-extents of an anchor, to the features' width.
+        fields: layers by the name of a field.
+    """
+
+    from_anchor: nn.Module
+    fields: nn.ModuleDict
+
+    def forward(self, look: Look, anchors: Anchors) -> dict[str, Tensor]:
+        """See `Localizer`."""
+        grid = anchors.centres.expand(look.memory.shape[0], -1, -1).unsqueeze(1)
+        there = grid_sample(look.memory, grid).squeeze(2).transpose(1, 2)  # (B, N, D)
+        place = torch.cat([anchors.centres, torch.log(anchors.extents)], dim=-1)
+        hidden = F.gelu(there + self.from_anchor(place))
+        return {name: layer(hidden) for name, layer in self.fields.items()}
+
+
+def coarsest_level(image_size: tuple[int, int], size: tuple[int, int]) -> int:
+    """The coarsest mip level of an image ``(H, W)`` that is no smaller than a size on either side, if there is one."""
+    level, (height, width) = 0, image_size
+    while height >= 2 * size[0] and width >= 2 * size[1]:
+        level, height, width = level + 1, (height + 1) // 2, (width + 1) // 2
+    return level
 
 
 LOCALIZERS: Parts[type[Localizer]] = Parts('localizer')
