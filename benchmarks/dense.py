@@ -40,19 +40,11 @@ from timm_apvit.pictures.plots import plot_patches
 RESULTS = Path(__file__).parent / 'results'
 NAME = 'apvit_small_patch14_dinov2'
 CONTESTANTS = ('fixed', 'moving', 'crowded')
-
-
-# Options that a result records.
+# Options that a result records, and what of its task.
 RECORDED = (
-    'images',
-    'batch',
-    'lr',
-    'localizer_lr_scale',
-    'background',
-    'saliency_weight',
-    'fit_epochs',
-    'model_kwargs',
-)
+    'images', 'batch', 'lr', 'localizer_lr_scale', 'background', 'saliency_weight', 'fit_epochs', 'model_kwargs',
+)  # fmt: skip
+OF_TASK = ('area_power', 'saliency_side')
 STILL = {'transform': 'translation', 'max_shift': 0.0}
 
 
@@ -161,15 +153,16 @@ def run(options: argparse.Namespace, contestant: str, tokens: int, seed: int) ->
             sys.stdout.flush()
             begin = time.perf_counter()
     settings = {name: getattr(options, name) for name in RECORDED}
+    settings.update({name: getattr(task, name) for name in OF_TASK})
     facts = {'task': options.task, 'contestant': contestant, 'tokens': tokens, 'seed': seed, 'label': options.label}
-    if options.picture:
-        draw(vit, task.load('test', 4, TEST_SEED), options.picture)
     write_report(path, options.threads, **facts, settings=settings, multiply_adds_millions=round(cost), curve=curve)
+    if options.pictures and task.arguments is None:
+        draw(vit, task.load('test', 4, TEST_SEED), path.with_suffix('.png'))
 
 
 def draw(vit: nn.Module, samples: Any, picture: Path) -> None:
     """Draw where the patches lie on photographs, beside a fixed grid."""
-    images = [samples[index][0] * samples.std + samples.mean for index in range(len(samples))]
+    images = [(samples[index][0] * samples.std + samples.mean).clamp(0, 1) for index in range(len(samples))]
     figure = plot_patches(vit, images, panels=('image', 'fixed', 'adaptive', 'outlines'))
     picture.write_bytes(load_drawing().file_bytes(figure, dpi=60))
 
@@ -199,24 +192,19 @@ def main() -> None:
     add('--contestants', nargs='+', choices=CONTESTANTS, default=list(CONTESTANTS))
     add('--tokens', nargs='+', type=counted, default=[64])
     add('--seeds', nargs='+', type=number(int, 0), default=[0])
-    add(
-        '--images',
-        type=counted,
-        default=4_000,
-        help='images seen in a run, all different',
-    )
+    add('--images', type=counted, default=4_000, help='images seen in a run, all different')
     add('--test-images', type=counted, default=300)
     add('--tests', type=counted, default=4, help='times that a run is tested')
     add('--batch', type=counted, help='images of an update (default: 16; from scratch 32)')
     add('--lr', type=float, help='peak learning rate of the ViT (default: 3e-4; from scratch 1e-3, as all after it)')
     add('--localizer-lr-scale', type=float, help='(default: 3; from scratch 1)')
     add('--background', type=float, default=0.2, help="weight of the background's pixels in a segmentation's loss")
-    add('--saliency-weight', type=float, default=0.3, help='of the loss that teaches a glance where things are')
+    add('--saliency-weight', type=float, default=0.3, help='of the loss that teaches where things are')
     add('--fit-epochs', type=counted, default=2, help='over its images, for what says where they matter')
     add('--model-kwargs', type=json.loads, default={}, metavar='JSON', help='further arguments of create_model')
     add('--label', default='', help='of what differs, in the name of its results')
     add('--weights', type=Path, help="DINOv2's ViT-S/14")
-    add('--picture', type=Path, help='of where the patches of a run on photographs lie, on four of the test images')
+    add('--pictures', action='store_true', help='draw where the patches of runs on photographs lie, beside the results')
     add('--threads', type=counted, default=1)
     add('--results', type=Path, default=RESULTS)
     add('--report', action='store_true', help='report only')

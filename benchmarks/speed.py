@@ -1,8 +1,8 @@
 """How fast an APViT is: forward and training step, in turn with timm's own ViT.
 
     python benchmarks/speed.py [--models apvit_small] [--tokens 196 98 49 16] [--sources 224 1024] [--batches 1 8 64]
-        [--modes forward train] [--localizers cnn glance] [--dtypes float32 bfloat16] [--compile] [--channels-last]
-        [--parts]
+        [--modes forward train] [--localizers cnn glance saliency] [--dtypes float32 bfloat16] [--compile]
+        [--channels-last] [--parts]
 
 Each is compared, in the same rounds, with the ViT on all of 224 px and with the ViT that has as many tokens, on an
 image of lower resolution. The median of the ratios counts, and their quartiles tell how far to trust it. The
@@ -136,6 +136,8 @@ def randomised(model: nn.Module) -> nn.Module:
         nn.init.normal_(layer.weight, std=0.3)
     if glances(model):
         nn.init.normal_(localizer.classes[-1].weight, std=0.3)
+    if localizer.crowd:
+        nn.init.normal_(localizer.score.weight, std=3.0)
     return model
 
 
@@ -166,7 +168,7 @@ def step(model: nn.Module, image: Tensor, case: dict[str, Any]) -> Callable[[], 
 def shown(row: dict[str, Any]) -> str:
     """A row of the table; the parts below it, in milliseconds."""
     flags = [name.replace('_', ' ') for name in ('compiled', 'channels_last') if row[name]]
-    flags += ['glance'] * (row['localizer'] == 'glance')
+    flags += [row['localizer']] * (row['localizer'] != 'cnn')
     setting = [f'{row["tokens"]} of {row["source"]} px', f'batch {row["batch"]}', row['dtype'], row['mode']]
     what = ', '.join([row['model'], *setting, *flags])
     ratios = (f'{m:.3f} ({low:.3f} to {high:.3f})' for low, m, high in (row['to_full'], row['to_few']))

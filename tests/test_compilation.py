@@ -60,14 +60,15 @@ def test_each_number_of_patches_compiles_once(counter):
     assert counts == [1, 2, 2, 2, 2]
 
 
-def test_a_glance_autocast_and_deterministic_algorithms_compile_into_a_graph_each(counter):
-    patching, image = create(num_patches=9, localizer='glance').patch_embed.patching, torch.randn(2, 3, 48, 48)
+@pytest.mark.parametrize('localizer', ['glance', 'saliency'])
+def test_what_looks_autocast_and_deterministic_algorithms_compile_into_a_graph_each(counter, localizer):
+    patching, image = create(num_patches=4, localizer=localizer).patch_embed.patching, torch.randn(2, 3, 48, 48)
     randomise(patching, std=0.2)
     forward = torch.compile(patching, backend=counter, fullgraph=True)
     expected = patching(image)[0]
     torch.testing.assert_close(forward(image)[0], expected, rtol=0, atol=1e-5)
     with torch.autocast('cpu', dtype=torch.bfloat16):
-        rounded = patching(image)[0]  # the glance is at the image in bfloat16
+        rounded = patching(image)[0]  # a glance is at the image in bfloat16
         for _ in range(2):
             torch.testing.assert_close(forward(image)[0], rounded, rtol=0, atol=1e-4)
     torch.use_deterministic_algorithms(True)

@@ -113,6 +113,19 @@ def test_contestants_of_dense_tasks_take_a_step(name, contestant, tmp_path, monk
     assert vit.patch_embed.proj.weight.grad.abs().sum() > 0
 
 
+def test_where_patches_lie_is_drawn(tmp_path):
+    for library in ('pycocotools', 'segmentation_models_pytorch', 'torchvision', 'matplotlib'):
+        pytest.importorskip(library)
+    import dense
+
+    class Samples(list):
+        mean, std = torch.full((3, 1, 1), 0.5), torch.full((3, 1, 1), 0.2)
+
+    model = timm.create_model('test_apvit', localizer='saliency', num_patches=16)
+    dense.draw(model, Samples([(torch.randn(3, 160, 160), None)] * 2), tmp_path / 'picture.png')
+    assert (tmp_path / 'picture.png').stat().st_size > 10_000
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize('task', ['scratch', 'scratch-detection'])
 def test_what_starts_from_scratch_is_trained_and_reported(task, tmp_path, monkeypatch):

@@ -96,6 +96,16 @@ def test_rejects_to_fit_what_does_not_learn():
         fit_saliency(create(**CROWDING).half(), [(IMAGES, ONES)])
     with pytest.raises(ValueError, match='got all of them frozen'):
         fit_saliency(create(**CROWDING).requires_grad_(False), [(IMAGES, ONES)])
+    model = create(**CROWDING).requires_grad_(False)
+    model.patch_embed.patching.localizer.fields.requires_grad_(True)
+    with pytest.raises(ValueError, match='expected a loss of parameters that learn, got one of none'):
+        fit_saliency(model, [(IMAGES, ONES)])
+
+
+@pytest.mark.parametrize('epochs', [0, -1, 1.5, 'a', True])
+def test_rejects_epochs_that_are_none(epochs):
+    with pytest.raises(ValueError, match=f'expected epochs to be an integer >= 1, got {epochs!r}'):
+        fit_saliency(create(**CROWDING), [(IMAGES, ONES)], epochs=epochs)
 
 
 @pytest.mark.parametrize(

@@ -129,6 +129,8 @@ def load_run(settings: Settings, directory: Path, accelerator: Any) -> Run:
     notes = () if states[0] is not None else start.notes
     if settings.images_of_update > len(splits.train):
         notes += (f'a batch is all of the {len(splits.train)} training images, fewer than --batch-size',)
+    if model.patch_embed.patching.localizer.crowd:
+        notes += ('labels do not teach where patches crowd: masks do (timm_apvit.learning.saliency)',)
     if glances(model):
         fits = states[0] is None and needs_glance_fit(model, settings)
         notes += (glance_note(model, settings.glance_epochs if fits else 0),)

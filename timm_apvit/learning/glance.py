@@ -53,7 +53,7 @@ def fit_glance(
             'expected a model with classes, or a loss of pooled features, got cross_entropy without classes'
         )
     localizer = glance_of(model)
-    check_count('epochs', epochs)
+    check_count('epochs', epochs)  # before it takes its time to look
     check_count('most_images', most_images)
     parts = (localizer.norm, localizer.evidence, localizer.score, localizer.classes)
     parameters = learning_parameters(*parts)

@@ -33,8 +33,8 @@ class AdaptivePatching(nn.Module):
             cells about as square as those of the base grid.
         transform: what each patch may do: ``'translation'``, ``'scale'``, ``'anisotropic_scale'``, ``'similarity'``,
             ``'affine'``, ``'projective'``, ``'tps'``, or a family of your own (`register_transform`).
-        localizer: what says where patches lie: ``'cnn'``, with options ``{'name': 'cnn', 'side': 32}``, or one of your
-            own (`register_localizer`).
+        localizer: what says where patches lie: ``'cnn'``, with options ``{'name': 'cnn', 'side': 32}``,
+            ``'saliency'``, or one of your own (`register_localizer`).
         in_chans: image channels C.
         jitter: standard deviation of the noise on the patches' centres in train mode, in units of their own
             half-extents.
