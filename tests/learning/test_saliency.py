@@ -127,3 +127,27 @@ def test_images_without_things_teach_nothing():
     for scale in (1.0, 1e37, 1e-30):
         torch.testing.assert_close(saliency_loss(geometry, target * scale), alone)
     assert saliency_loss(geometry, torch.zeros(2, 5, 7)) == 0
+
+
+@pytest.mark.parametrize('side', [20, 30, 40, 160])
+def test_equal_things_weigh_alike_wherever_they_lie(side):
+    model = create(**CROWDING)
+    saliency = torch.zeros(1, 12, 12)
+    saliency[:, :6] = 3.0
+    geometry = model.patch_geometry(torch.randn(1, 3, 96, 96))._replace(saliency=saliency)
+    losses = []
+    for y in (0, 1 + side // 2):  # in the upper half and in the lower one
+        target = torch.zeros(1, side, side)
+        target[:, y, ::7] = 1.0
+        alone = float(saliency_loss(geometry, target))
+        target[:, :2] = target[:, :2] + (torch.arange(side) % 7 == 0) * (y > 1)
+        losses.append((alone, float(saliency_loss(geometry, target))))
+    (upper, _), (lower, both) = losses
+    assert lower == pytest.approx(upper + 3.0, abs=1e-4)
+    # Two things above and one below.
+    assert both == pytest.approx((2 * upper + lower) / 3, abs=1e-4)
+
+
+def test_a_batch_of_no_images_teaches_nothing():
+    geometry = create(**CROWDING).patch_geometry(torch.randn(0, 3, 96, 96))
+    assert saliency_loss(geometry, torch.zeros(0, 20, 20)) == 0

@@ -4,12 +4,13 @@ from collections.abc import Iterator
 from typing import Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from timm_apvit.learning.fitting import fit_parameters, learning_parameters, pyramids
 from timm_apvit.models.mixin import APViT, check_apvit, in_eval_mode
+from timm_apvit.patching.anchors import common_lengths
 from timm_apvit.patching.geometry import PatchGeometry
+from timm_apvit.patching.warps import exact_product
 
 
 def saliency_loss(geometry: PatchGeometry, target: Tensor) -> Tensor:
@@ -82,14 +83,17 @@ def fit_saliency(model: APViT, batches: Batches, epochs: int = 2, lr: float = 2e
 
 def _shares(target: Tensor, number: int, grid: tuple[int, int]) -> Tensor:
     """How much of what matters is in each place of a grid, ``(B, h * w)``, of sum 1, or 0 where nothing does."""
-    if not isinstance(target, Tensor) or target.dim() != 3 or len(target) != number or not target[:1].numel():
+    if not isinstance(target, Tensor) or target.dim() != 3 or len(target) != number or 0 in target.shape[1:]:
         got = tuple(target.shape) if isinstance(target, Tensor) else type(target).__name__
         raise ValueError(f'expected a target ({number}, h, w), got {got}')
     if not ((target >= 0) & target.isfinite()).all():
         raise ValueError('expected a target of finite numbers of at least 0, got others')
-    target = target.unsqueeze(1).float()
-    target = target / target.amax(dim=(2, 3), keepdim=True).clamp(min=torch.finfo(target.dtype).tiny)
-    wanted = F.adaptive_avg_pool2d(target, grid).flatten(1)
+    target = target.float()
+    target = target / target.amax(dim=(1, 2), keepdim=True).clamp(min=torch.finfo(target.dtype).tiny)
+    down, across = (
+        common_lengths(length, own, target.device).float() for length, own in zip(grid, target.shape[1:], strict=True)
+    )
+    wanted = exact_product(exact_product(down, target), across.T).flatten(1)
     return wanted / wanted.sum(dim=1, keepdim=True).clamp(min=1e-30)
 
 

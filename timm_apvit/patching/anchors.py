@@ -228,15 +228,18 @@ def divided(layout: Layout, density: Tensor) -> Anchors:
 def _held(density: Tensor, grid_size: tuple[int, int]) -> Tensor:
     """How much of a density ``(B, h, w)`` the cells of another grid hold, ``(B, h', w')``."""
     down, across = (
-        _common(length, own, density.device) for length, own in zip(grid_size, density.shape[1:], strict=True)
+        common_lengths(length, own, density.device) for length, own in zip(grid_size, density.shape[1:], strict=True)
     )
     # No matrix product, which may round to TF32.
     rows = (down.unsqueeze(2) * density.unsqueeze(1)).sum(dim=2)  # (B, h', w)
     return (rows.unsqueeze(2) * across).sum(dim=3)
 
 
-def _common(first: int, second: int, device: torch.device) -> Tensor:
-    """What each of some equal parts of a length has in common with each of some others, ``(first, second)``."""
+def common_lengths(first: int, second: int, device: torch.device) -> Tensor:
+    """What each of some equal parts of a length has in common with each of some others, ``(first, second)``.
+
+    In units that make both whole numbers.
+    """
     start = torch.arange(first, device=device).unsqueeze(1) * second
     other = torch.arange(second, device=device) * first
     return (torch.minimum(start + second, other + first) - torch.maximum(start, other)).clamp(min=0)
