@@ -98,14 +98,18 @@ def test_rejects_numbers_of_patches_that_are_no_even_grid(num, message):
     with pytest.raises(ValueError, match=message):
         model.set_num_patches(num)
     assert model.num_patches == 36
-    model.set_input_size((64, 160))  # 36 in four rows
     with pytest.raises(ValueError, match='got 36 in 4 rows'):
-        model(torch.randn(1, 3, 64, 160))
-    model.set_input_size(96)
+        model.set_input_size((64, 160))
     model(torch.randn(1, 3, 96, 96))
-    odd = create(localizer='saliency', img_size=80)  # whose own grid is 5 x 5
-    with pytest.raises(ValueError, match='got 25 in 5 rows'):
-        odd(torch.randn(1, 3, 80, 80))
+
+
+def test_a_default_number_of_patches_is_the_nearest_even_grid():
+    model = create(localizer='saliency', img_size=(80, 176), dynamic_img_size=True)  # whose own grid is 5 x 11
+    assert model.num_patches == 4 * 12
+    model.set_input_size((16, 112))
+    assert model.num_patches == 2 * 8
+    assert model.forward_features(torch.randn(1, 3, 16, 112)).shape[1] == 16 + model.num_prefix_tokens
+    assert model.forward_features(torch.randn(1, 3, 144, 96)).shape[1] == 8 * 6 + model.num_prefix_tokens
 
 
 @pytest.mark.parametrize(
@@ -260,7 +264,11 @@ def test_pictures_show_each_patch_in_its_leaf():
     small = nn.functional.interpolate(shown.movedim(2, 0)[None], (96, 96), mode='area')[0].movedim(0, 2)
     assert (small - view.pixels).abs().max() < 0.05
     assert default_budgets(timm.create_model('test_apvit', **{**CROWDING, 'num_patches': 64})) == [(2, 2), (4, 4), 64]
-    assert default_budgets(timm.create_model('test_apvit', **{**CROWDING, 'num_patches': None})) == [(2, 2), (4, 4), 36]
+    assert default_budgets(timm.create_model('test_apvit', **{**CROWDING, 'num_patches': None})) == [
+        (2, 2),
+        (4, 4),
+        (6, 6),
+    ]
     assert 'set_num_patches' not in model_card(model, 'me/crowd')
     assert '| patches | 36, or any other even grid |' in model_card(model, 'me/crowd')
 

@@ -138,9 +138,8 @@ def load_evaluated(given: dict[str, Any], other: str | None = None) -> Evaluated
         if not value.isfinite().all():
             raise ValueError(f'expected finite weights, got others in {key} of {name!r}')
     if isinstance(model, APViT):
-        own_budget = model.patch_embed.requested or model.num_patches
         of_run = run.num_patches if run is not None and other is None else None
-        budgets = given.get('num_patches') or of_run or (own_budget,)
+        budgets = given.get('num_patches') or of_run or (model.patch_embed.own_budget,)
         check_budgets(budgets, data_config['input_size'][1] * data_config['input_size'][2])
         for budget in budgets:  # that it can have them
             model.set_num_patches(budget)

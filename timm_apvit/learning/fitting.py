@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from timm_apvit.models.mixin import APViT
-from timm_apvit.patching.coords import check_count, in_float32
+from timm_apvit.patching.coords import check_count, check_number, in_float32
 from timm_apvit.patching.sampling import mip_pyramid
 
 
@@ -58,7 +58,7 @@ def fit_parameters(
     Raises:
         ValueError: epochs below 1, none of the losses, or one that is not a finite number of parameters that learn.
     """
-    total = check_count('epochs', epochs) * steps
+    total, lr = check_count('epochs', epochs) * steps, check_number('lr', lr, 0)
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=total + 1)
     # Autocast keeps the first rounding of the weights for as long as it lasts, and would not see them learn.

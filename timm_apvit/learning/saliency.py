@@ -70,7 +70,7 @@ def fit_saliency(model: APViT, batches: Batches, epochs: int = 2, lr: float = 2e
     except TypeError:
         got = type(batches).__name__
         raise ValueError(
-            f'expected batches that have a length and come again, such as a DataLoader, got {got}'
+            f'expected batches that have a length and come again, such as a DataLoader of a dataset, got {got}'
         ) from None
 
     def losses() -> Iterator[Tensor]:

@@ -31,7 +31,7 @@ register_notrace_module(AdaptivePatchEmbed)
 # Arguments of every APViT that a ViT of timm does not have.
 ADAPTIVE_ARGS = frozenset(('num_patches', 'transform', 'localizer', 'jitter', 'window_jitter', 'whole_share', *BOUNDS))
 # What other libraries, and timm's own maps of features, wrap a model in, by the attribute that has the model.
-WRAPPED = ('_orig_mod', 'module', 'timm_model', 'merge_and_unload', 'model')
+WRAPPED = ('_orig_mod', 'module', 'timm_model', 'merge_and_unload', 'model', 'vit')
 
 
 class APViT(TimmViT):  # type: ignore[misc]
@@ -90,8 +90,7 @@ class APViT(TimmViT):  # type: ignore[misc]
     @property
     def num_patches(self) -> int:
         """Number N of patches (with ``dynamic_img_size`` and none set: that of an image of the nominal size)."""
-        layout = self.patch_embed.layout
-        return int(self.patch_embed.num_patches if layout is None else layout.num_patches)
+        return int(self.patch_embed.patching.layout.num_patches)
 
     def set_num_patches(self, num_patches: NumPatches | None) -> None:
         """Take N, ``(gh, gw)`` or a layout by name from now on, or None, the default; any other is a ValueError."""

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from timm.layers import PatchEmbed
+from timm.layers import PatchEmbed, to_2tuple
 from torch import Tensor, nn
 
 from timm_apvit.models.checkpoint import complete_state_dict
@@ -111,8 +111,23 @@ class AdaptivePatchEmbed(PatchEmbed):  # type: ignore[misc]
         self._update_layout(requested)
         self.requested = requested
 
+    @property
+    def own_budget(self) -> NumPatches:
+        """What `set_num_patches` takes for as many as there are."""
+        layout = self.patching.layout
+        if self.requested is not None:
+            return self.requested
+        return layout.grids[0].grid if self.patching.localizer.crowd else layout.num_patches
+
+    def _default_grid(self, grid: tuple[int, int]) -> tuple[int, int]:
+        """The grid ``(gh, gw)`` of an image as a number of patches; where they crowd the nearest even one."""
+        if not self.patching.localizer.crowd:
+            return grid
+        return 2 * max(1, round(grid[0] / 2)), 2 * max(1, round(grid[1] / 2))
+
     def _update_layout(self, requested: Any) -> None:
-        wanted = resolve_layout(tuple(self.grid_size) if requested is None else requested, tuple(self.grid_size))
+        grid = (self.grid_size[0], self.grid_size[1])
+        wanted = resolve_layout(self._default_grid(grid) if requested is None else requested, grid)
         self.patching.layout = wanted
         self.layout = None if requested is None and self.follows_input else wanted
 
@@ -120,6 +135,10 @@ class AdaptivePatchEmbed(PatchEmbed):  # type: ignore[misc]
         self, img_size: int | tuple[int, int] | None = None, patch_size: int | tuple[int, int] | None = None
     ) -> None:
         """Change the base grid; a number of patches that was not set by hand follows it."""
+        if self.patching.localizer.crowd and self.requested is not None:
+            lengths, sides = to_2tuple(img_size or self.img_size), to_2tuple(patch_size or self.patch_size)
+            grid = tuple(max(1, length // side) for length, side in zip(lengths, sides, strict=True))
+            even_grid(resolve_layout(self.requested, grid))  # else all stays as it is
         super().set_input_size(img_size=img_size, patch_size=patch_size)
         self.patching.patch_size = self.patch_size
         self._update_layout(self.requested)
@@ -134,7 +153,7 @@ class AdaptivePatchEmbed(PatchEmbed):  # type: ignore[misc]
         if self.layout is not None:
             return (self.grid_size[0], self.grid_size[1]), self.layout
         grid = self.dynamic_feat_size(img_size)  # the default number of patches follows the input
-        return grid, resolve_layout(grid, grid)
+        return grid, resolve_layout(self._default_grid(grid), grid)
 
     def canvas_size(self, img_size: tuple[int, int]) -> tuple[int, int]:
         """What of an image ``(H, W)``, from its top-left corner, a default number of patches tiles.

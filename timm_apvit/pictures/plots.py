@@ -221,7 +221,7 @@ def default_budgets(model: APViT) -> list[NumPatches]:
         grid = model.patch_embed.patching.layout.grids[0].grid  # of which the nearest even ones are taken
         fewer = dict.fromkeys(tuple(2 * max(1, round(side / (2 * n))) for side in grid) for n in (4, 2))
         budgets = [each for each in fewer if each[0] * each[1] < own]
-    return [*budgets, model.patch_embed.requested or own]
+    return [*budgets, model.patch_embed.own_budget]
 
 
 def read_images(model: APViT, images: Any, longest: int | None = None) -> list[Tensor]:
