@@ -97,6 +97,15 @@ class APViT(TimmViT):  # type: ignore[misc]
         self.patch_embed.set_num_patches(num_patches)
         self._model_args = {**self._model_args, 'num_patches': self.patch_embed.requested}
 
+    @torch.jit.ignore  # type: ignore[untyped-decorator]
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters without weight decay: also of what makes patches crowd, which trainings may not teach."""
+        names: set[str] = set(super().no_weight_decay())
+        patching = self.patch_embed.patching
+        if patching.localizer.crowd:
+            names.update(f'patch_embed.patching.localizer.{name}' for name, _ in patching.localizer.named_parameters())
+        return names
+
     def patch_geometry(self, x: Tensor) -> PatchGeometry:
         """Where the patches of a batch of images ``(B, C, H, W)`` lie; of a forward in eval mode, or without noise."""
         geometry: PatchGeometry = self.patch_embed(x).geometry
