@@ -12,16 +12,16 @@ from timm_apvit.patching.localizers import MOST_CROWD, FeatureLocalizer, Look, c
 
 # Pixels along the side of the coarsest cells.
 COARSEST = 32
-# Below it no place can be so much denser than others that a leaf is divided.
+# With less hardly any place is four times as dense as another, and no leaf is divided.
 LEAST_CROWD = 0.1
 
 
 class SaliencyLocalizer(ScaleKeeping, FeatureLocalizer):
-    """How much each place matters, by a feature pyramid network; the patches crowd there, and find no window.
+    """How much each place matters, by a feature pyramid network; the patches crowd there.
 
     Convolutions read the image at strides of 2 to 32, the coarse ones are added to the finer (Lin et al. 2017,
     https://arxiv.org/abs/1612.03144), and there is a logit for every 8 x 8 pixels. At 224 pixels and a width of 32 it
-    takes 83 million multiply-adds, 2 % of a ViT-S/16 with 196 patches.
+    takes 83 million multiply-adds, 2 % of a ViT-S/16 with 196 patches. It finds no window.
 
     Nothing but `timm_apvit.learning.saliency.saliency_loss` teaches what matters. The last layers are zero: all places
     matter alike, and patches are the grid.
