@@ -43,7 +43,7 @@ from timm_apvit.hub.saving import save_pretrained
 from timm_apvit.learning.adaptation import stood_still
 from timm_apvit.learning.glance import glance_of
 from timm_apvit.models.glance import glances
-from timm_apvit.models.mixin import APViT
+from timm_apvit.models.mixin import APViT, crowds
 from timm_apvit.pictures.images import image_config
 
 LESS_MEMORY = (
@@ -129,7 +129,7 @@ def load_run(settings: Settings, directory: Path, accelerator: Any) -> Run:
     notes = () if states[0] is not None else start.notes
     if settings.images_of_update > len(splits.train):
         notes += (f'a batch is all of the {len(splits.train)} training images, fewer than --batch-size',)
-    if model.patch_embed.patching.localizer.crowd:
+    if crowds(model):
         notes += ('labels do not teach where patches crowd: masks do (timm_apvit.learning.saliency)',)
     if glances(model):
         fits = states[0] is None and needs_glance_fit(model, settings)
@@ -197,8 +197,7 @@ def train_all(run: Run) -> None:
         summary[FIXED] = summarise(rows[FIXED], [tokens], settings.monitor)
     write_atomically(run.directory / SUMMARY, json.dumps(summary, indent=2) + '\n')
     say(table(summary))
-    crowds = run.model.patch_embed.patching.localizer.crowd  # of which labels tell nothing
-    if stood_still(rows[name][-1]) and not crowds:
+    if stood_still(rows[name][-1]) and not crowds(run.model):  # of which labels tell nothing
         say('the patches have not moved from their grid: train longer, or raise --localizer-lr-scale')
     best = f'local-dir:{run.directory / BEST}'
     picture = run.directory / PICTURE

@@ -9,7 +9,7 @@ import timm
 from huggingface_hub import EvalResult, ModelCardData
 
 from timm_apvit.hub.labels import is_multi_label
-from timm_apvit.models.mixin import APViT
+from timm_apvit.models.mixin import APViT, crowds
 from timm_apvit.results import check_results, results_table
 
 TAGS = ('timm', 'apvit')
@@ -228,11 +228,6 @@ def _facts(model: APViT) -> str:
         *((_code(key), _code(str(value))) for key, value in arguments.items()),
     ]
     return '\n'.join(['| | |', '|---|---|', *(f'| {key} | {value} |' for key, value in rows)])
-
-
-def crowds(model: APViT) -> bool:
-    """Whether the patches crowd, which not any number of them can."""
-    return bool(model.patch_embed.patching.localizer.crowd)
 
 
 def _limits(model: APViT, base: str | None, details: CardDetails) -> str:

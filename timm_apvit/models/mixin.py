@@ -101,9 +101,9 @@ class APViT(TimmViT):  # type: ignore[misc]
     def no_weight_decay(self) -> set[str]:
         """Names of parameters without weight decay: also of what makes patches crowd, which trainings may not teach."""
         names: set[str] = set(super().no_weight_decay())
-        patching = self.patch_embed.patching
-        if patching.localizer.crowd:
-            names.update(f'patch_embed.patching.localizer.{name}' for name, _ in patching.localizer.named_parameters())
+        if crowds(self):
+            localizer = self.patch_embed.patching.localizer
+            names.update(f'patch_embed.patching.localizer.{name}' for name, _ in localizer.named_parameters())
         return names
 
     def patch_geometry(self, x: Tensor) -> PatchGeometry:
@@ -260,6 +260,11 @@ def in_eval_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes.items():
             module.training = training
+
+
+def crowds(model: APViT) -> bool:
+    """Whether the patches of a model crowd: an even grid of them, and not where labels alone teach it."""
+    return bool(model.patch_embed.patching.localizer.crowd)
 
 
 def check_apvit(model: Any) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import Tensor
 
-from timm_apvit.models.mixin import APViT, check_apvit
+from timm_apvit.models.mixin import APViT, check_apvit, crowds
 from timm_apvit.patching.anchors import NumPatches
 from timm_apvit.pictures.figures import (
     PANELS,
@@ -217,7 +217,7 @@ def default_budgets(model: APViT) -> list[NumPatches]:
     """A sixteenth, a quarter, half (unless they crowd) and all of the patches of a model, as far as these differ."""
     own: int = model.num_patches
     budgets: list[NumPatches] = [n for n in dict.fromkeys((own // 16, own // 4, own // 2)) if 1 <= n < own]
-    if model.patch_embed.patching.localizer.crowd:
+    if crowds(model):
         grid = model.patch_embed.patching.layout.grids[0].grid  # of which the nearest even ones are taken
         fewer = dict.fromkeys(tuple(2 * max(1, round(side / (2 * n))) for side in grid) for n in (4, 2))
         budgets = [each for each in fewer if each[0] * each[1] < own]
